@@ -1,0 +1,53 @@
+"""What every command-line script shares: its log, its progress bars, and how it fails."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .errors import UserError
+
+log = logging.getLogger("stepdown")
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and call `main`; a `UserError` or an operating-system error becomes one line and exit code 1."""
+    parser.add_argument("--log", type=Path, help="also write messages to this file")
+    arguments = parser.parse_args()
+    _open_log(arguments.log)
+    try:
+        main(arguments)
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(1)
+    except OSError as error:
+        log.error("error: %s: %s", error.filename or parser.prog, error.strerror or error)
+        log.debug("traceback", exc_info=True)
+        sys.exit(1)
+
+
+def progress(items: Iterable, description: str, total: int | None = None) -> Iterable:
+    """A progress bar on stderr, silent when stderr is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, total=total, disable=None, dynamic_ncols=True)
+
+
+def _open_log(path: Path | None) -> None:
+    """Messages go to stderr; with a path, they and the traceback of an unexpected failure go to the file too."""
+    console = logging.StreamHandler()
+    console.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [console]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    log.handlers[:] = handlers
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    # Hub libraries draw bars of their own over ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
