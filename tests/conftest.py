@@ -1,0 +1,28 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Slow shared machines must not make a property test fail for its time.
+settings.register_profile("stepdown", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("stepdown")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference results, texts and models beside the project; tests that need them skip where they are missing."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the shared folder with reference results and data is not beside the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    return shared / "golden"

@@ -1,0 +1,190 @@
+"""The three tiers and the steps between them: Dense -> 2:4 -> TopK, never back.
+
+A tier map is uint8 [block rows, block cols] with a `Tier` per block.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .blocks import entries_per_block, expand_blocks, gather_blocks, pad_columns, pad_to_blocks, scatter_blocks_
+from .masks import keep_n_of_m, keep_top_k
+from .saliency import magnitude
+
+# As many as keep the temporaries of 16 x 16 blocks at 2 MB.
+BLOCKS_AT_ONCE = 2048
+DEAD_NORM = 1e-30
+
+
+class Tier(IntEnum):
+    DENSE = 0
+    TWO_FOUR = 1
+    TOP_K = 2
+
+
+# The schedule's and every report's name of a tier.
+TIER_NAMES = {Tier.DENSE: "dense", Tier.TWO_FOUR: "mid_2_4", Tier.TOP_K: "topk"}
+
+
+def exact_shares(shares: Sequence[str | float]) -> list[Fraction]:
+    """Shares as they were written ("0.35" is 35/100, not the float beside it), scaled to sum to exactly 1."""
+    fractions = [Fraction(str(share)) for share in shares]
+    return [fraction / sum(fractions) for fraction in fractions]
+
+
+def tier_counts(shares: Sequence[str | float], blocks: int) -> tuple[int, ...]:
+    """Blocks per tier by largest remainder: exact, summing to `blocks`; of equal remainders the first tier wins."""
+    quotas = [share * blocks for share in exact_shares(shares)]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda tier: counts[tier] - quotas[tier])
+    for tier in by_remainder[: blocks - sum(counts)]:
+        counts[tier] += 1
+    return tuple(counts)
+
+
+def count_tiers(tier_map: Tensor) -> tuple[int, int, int]:
+    """Blocks of a map that are Dense, 2:4 and TopK."""
+    dense, two_four, top_k = torch.bincount(tier_map.flatten().int(), minlength=len(Tier)).tolist()
+    return dense, two_four, top_k
+
+
+def step_down(tier_map: Tensor, scores: Tensor, tier: Tier, count: int) -> Tensor:
+    """A new map in which the `count` lowest-scoring blocks of `tier` stand one tier lower; ties go by position.
+
+    tier_map: uint8 [block rows, block cols]; scores: float32 [blocks of `tier`], in the map's order. A `count` below 1
+    changes nothing.
+    """
+    stepped = tier_map.clone()
+    if count > 0:
+        lowest = keep_top_k(-scores[None], torch.tensor([count]))[0]
+        stepped[stepped == tier] += lowest.to(torch.uint8)
+    return stepped
+
+
+def degrade_dense_to_two_four(tier_map: Tensor, scores: Tensor, shares: Sequence[str | float]) -> Tensor:
+    """Stage 1: the lowest Dense blocks become 2:4 until the Dense share is met; returns the new map.
+
+    tier_map, scores: [block rows, block cols]. Weights are not needed: what a 2:4 block keeps follows from them and the
+    calibration. Where rounding would have a share rise from one row of a schedule to the next, the map stays: a block
+    never goes up.
+    """
+    dense, _, _ = tier_counts(shares, tier_map.numel())
+    excess = count_tiers(tier_map)[Tier.DENSE] - dense
+    return step_down(tier_map, scores[tier_map == Tier.DENSE], Tier.DENSE, excess)
+
+
+def degrade_two_four_to_top_k_(
+    weight: Tensor,
+    squared_norms: Tensor,
+    tier_map: Tensor,
+    shares: Sequence[str | float],
+    block_size: int,
+    k: int,
+    selection: str = "wanda",
+) -> Tensor:
+    """Stage 2: prune the 2:4 blocks of the stage-1 map, rescore them all on what is left, step the lowest down to TopK.
+
+    weight: [out, in], pruned in place; squared_norms: [in]; returns the new map.
+    """
+    scores = prune_two_four_(weight, squared_norms, tier_map == Tier.TWO_FOUR, block_size, selection)
+    _, _, top_k = tier_counts(shares, tier_map.numel())
+    missing = top_k - count_tiers(tier_map)[Tier.TOP_K]
+    stepped = step_down(tier_map, scores, Tier.TWO_FOUR, missing)
+    prune_top_k_(weight, squared_norms, stepped != tier_map, block_size, k, selection)
+    return stepped
+
+
+def prune_two_four_(
+    weight: Tensor, squared_norms: Tensor, chosen: Tensor, block_size: int, selection: str = "wanda"
+) -> Tensor:
+    """Keep 2 of each 4 consecutive inputs in the chosen blocks; what such a block has lost it does not get back.
+
+    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols]. Returns the scores of the
+    chosen blocks on what is left of them, float32 [chosen].
+    """
+    return _prune_blocks_(weight, squared_norms, chosen, block_size, selection, lambda m, _: keep_n_of_m(m, 2, 4))
+
+
+def prune_top_k_(
+    weight: Tensor, squared_norms: Tensor, chosen: Tensor, block_size: int, k: int, selection: str = "wanda"
+) -> Tensor:
+    """Keep the k entries of largest metric in each chosen block (edge blocks: in proportion to their real entries).
+
+    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols]. Returns the scores of the
+    chosen blocks on what is left of them, float32 [chosen].
+    """
+
+    def keep(metric: Tensor, entries: Tensor) -> Tensor:
+        return keep_top_k(metric.flatten(1), kept_entries(entries, block_size, k)).view_as(metric)
+
+    return _prune_blocks_(weight, squared_norms, chosen, block_size, selection, keep)
+
+
+def kept_entries(entries: Tensor, block_size: int, k: int) -> Tensor:
+    """What a TopK block of so many real entries keeps: ceil(k * entries / block_size**2), int64, shape of `entries`."""
+    return -(-k * entries // block_size**2)
+
+
+def keep_mask(weight: Tensor, tier_map: Tensor, block_size: int) -> Tensor:
+    """The mask of a checkpoint, bool [out, in]: Dense blocks are free, elsewhere what is not zero is kept."""
+    dense = expand_blocks(tier_map == Tier.DENSE, tuple(weight.shape), block_size)
+    return dense | (weight != 0)
+
+
+def _prune_blocks_(
+    weight: Tensor,
+    squared_norms: Tensor,
+    chosen: Tensor,
+    block_size: int,
+    selection: str,
+    keep: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Zero what `keep` (metric [n, b, b], real entries [n] -> bool [n, b, b]) does not keep; score what is left.
+
+    Works through the chosen blocks a few thousand at a time: the temporaries stay small enough to be reused.
+    """
+    padded = pad_to_blocks(weight, block_size)
+    ragged = padded is not weight
+    # A dead input's norm is lifted off zero: its weights rank below all others, but above what is pruned already.
+    norms = pad_columns(squared_norms.sqrt().clamp(min=DEAD_NORM), block_size).view(-1, 1, block_size)
+    entries = entries_per_block(tuple(weight.shape), block_size)[chosen]
+    scores = []
+    for index, real in zip(chosen.nonzero().split(BLOCKS_AT_ONCE), entries.split(BLOCKS_AT_ONCE), strict=True):
+        blocks = gather_blocks(padded, index, block_size)
+        saliency = magnitude(blocks).mul_(norms[index[:, 1]])
+        metric = saliency if selection == "wanda" else magnitude(blocks)
+        if ragged:
+            metric = metric.where(_inside(index, tuple(weight.shape), block_size), -torch.inf)
+        kept = keep(metric, real)
+        # A product is much faster than a masked fill; adding zero turns its -0.0 into 0.0.
+        scatter_blocks_(padded, index, blocks.mul_(kept).add_(0.0))
+        scores.append(saliency.mul_(kept).sum((1, 2)) / real)
+    if ragged:
+        weight.copy_(padded[: weight.shape[0], : weight.shape[1]])
+    return torch.cat(scores) if scores else torch.empty(0)
+
+
+def _inside(index: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
+    """Which entries of the blocks at `index` lie inside a matrix of `shape`: bool [n, b, b]."""
+    offsets = torch.arange(block_size)
+    rows, columns = (index[:, axis, None] * block_size + offsets < shape[axis] for axis in (0, 1))
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def violations(weight: Tensor, tier_map: Tensor, block_size: int, k: int) -> int:
+    """Blocks of a weight [out, in] that hold more nonzero weights than their tier allows.
+
+    2:4: two of each four consecutive inputs, ceil(r / 2) of a ragged tail of r; TopK: `kept_entries` in all.
+    """
+    shape = tuple(weight.shape)
+    present = pad_to_blocks((weight != 0).to(torch.uint8), block_size).unflatten(0, (-1, block_size))
+    groups = present.unflatten(2, (-1, 4)).sum(-1, dtype=torch.uint8)
+    widths = pad_columns(torch.ones(shape[1], dtype=torch.uint8), block_size).view(-1, 4).sum(-1)
+    crowded = (groups > (widths + 1) // 2).any(1).unflatten(1, (-1, block_size // 4)).any(-1)
+    counts = groups.sum(1).unflatten(1, (-1, block_size // 4)).sum(-1)
+    overfull = counts > kept_entries(entries_per_block(shape, block_size), block_size, k)
+    broken = ((tier_map == Tier.TWO_FOUR) & crowded) | ((tier_map == Tier.TOP_K) & overfull)
+    return int(broken.sum())
