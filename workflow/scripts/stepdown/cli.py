@@ -13,7 +13,7 @@ log = logging.getLogger("stepdown")
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and call `main`; a `UserError` or an operating-system error becomes one line and exit code 1."""
+    """Parse the command line and call `main`; a `UserError` or a system error becomes one line and exit code 1."""
     parser.add_argument("--log", type=Path, help="also write messages to this file")
     arguments = parser.parse_args()
     _open_log(arguments.log)
@@ -26,6 +26,17 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         log.error("error: %s: %s", error.filename or parser.prog, error.strerror or error)
         log.debug("traceback", exc_info=True)
         sys.exit(1)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder of a model, and how to run it."""
+    parser.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face model")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def progress(items: Iterable, description: str, total: int | None = None) -> Iterable:

@@ -1,0 +1,41 @@
+"""Tiny random models of each family, made from their transformers config classes."""
+
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 128
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GATED = SIZES | {"intermediate_size": 72, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+FAMILIES = {
+    "llama": ("LlamaConfig", GATED),
+    "llama_tied": ("LlamaConfig", GATED | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", GATED | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", GATED | {"head_dim": 12}),
+    "opt": ("OPTConfig", SIZES | {"ffn_dim": 72, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+    "gpt_neox": ("GPTNeoXConfig", SIZES | {"intermediate_size": 72, "max_position_embeddings": 64}),
+    # Not asked for by name: a family whose layers return tuples, and one with two kinds of attention mask.
+    "bloom": ("BloomConfig", SIZES),
+    "gemma2": ("Gemma2Config", GATED | {"head_dim": 12, "sliding_window": 8}),
+}
+
+
+def make_model(family: str, folder: Path, seed: int = 0, **changes: object) -> Path:
+    """Save a random model of the family into `folder`; returns the folder."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name, sizes = FAMILIES[family]
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None if family != "opt" else 1}
+    config = getattr(transformers, name)(**sizes | special | changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Larger than the usual initial weights, so that mistakes show in the logits.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,215 @@
+"""Checkpoints as ordinary Hugging Face folders: read lazily, a tensor at a time; written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .cli import progress
+from .errors import UserError
+from .files import INDEX_NAME, atomic_write, safetensors_header, usual_mode, weight_files
+
+# What stands in a checkpoint beside its weights and belongs to it.
+SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+CHUNK_BYTES = 1 << 24
+
+
+class Checkpoint:
+    """The weights of a folder, read when asked for.
+
+    Raises `UserError` when the folder holds no safetensors weights or a file is truncated.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._file_of: dict[str, Path] = {}
+        self._headers: dict[Path, dict] = {}
+        for file in weight_files(self.folder):
+            header, _ = safetensors_header(file)
+            self._headers[file] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self._file_of.update(dict.fromkeys(self._headers[file], file))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the tensor."""
+        return tuple(self._headers[self._file_of[name]][name]["shape"])
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
+        by_file = defaultdict(list)
+        for name in names:
+            if name not in self:
+                raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
+            by_file[self._file_of[name]].append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in wanted:
+                        found[name] = opened.get_tensor(name).clone()
+            except SafetensorError as error:
+                raise UserError(
+                    f"{file}: not a readable safetensors file ({error}); copy or download it again"
+                ) from None
+        return found
+
+    def matrix(self, linear: str) -> Tensor:
+        """The weight [out, in] of a linear."""
+        return self.tensors([f"{linear}.weight"])[f"{linear}.weight"]
+
+    def shards(self) -> dict[str, list[str]]:
+        """Names of the tensors by shard: one shard per decoder layer, one (`rest`) for what belongs to none."""
+        shards = defaultdict(list)
+        for name in self.names:
+            shards[shard_of(name)].append(name)
+        return dict(shards)
+
+    def content_hash(self) -> str:
+        """sha256 of all names, types, shapes and bytes; how the tensors are spread over files does not matter."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            file = self._file_of[name]
+            entry = self._headers[file][name]
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            for chunk in _stored_bytes(file, *entry["data_offsets"]):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """What the checkpoint says it is: `base_model` and `iteration`; a folder of other origin is its own base."""
+        index = self.folder / INDEX_NAME
+        if index.exists():
+            metadata = json.loads(index.read_text()).get("metadata", {})
+            if "stepdown" in metadata:
+                return metadata["stepdown"]
+        return {"base_model": self.content_hash(), "iteration": "0"}
+
+
+def shard_of(name: str) -> str:
+    """The decoder layer a tensor belongs to ("model.layers.3"), found by the first number in its name; else "rest"."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return "rest" if number is None else ".".join(parts[: number + 1])
+
+
+def rewrite_checkpoint(
+    source: Path | str,
+    target: Path | str,
+    change: Callable[[dict[str, Tensor]], None],
+    identity: dict[str, str],
+    description: str = "write",
+) -> None:
+    """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
+
+    `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
+    Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
+    """
+    checkpoint = Checkpoint(source)
+    target = Path(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _copy_side_files(checkpoint.folder, partial)
+        weight_map, total_size = {}, 0
+        for shard, names in progress(checkpoint.shards().items(), description):
+            tensors = checkpoint.tensors(names)
+            types = {name: tensor.dtype for name, tensor in tensors.items()}
+            change(tensors)
+            tensors = {name: tensors[name].to(types[name]) for name in names}
+            save_tensors(tensors, partial / f"{shard}.safetensors", {"format": "pt"})
+            weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total_size, "stepdown": identity}, "weight_map": weight_map}
+        atomic_write(partial / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
+    """Make `target` the same checkpoint as `source`, by hard links where the file system has them."""
+    source, target = Path(source), Path(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    for file in sorted(source.iterdir()):
+        is_index = file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in SIDE_FILES and not is_index:
+            shutil.copyfile(file, target / file.name)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
+    """Write one safetensors file under a temporary name and rename it; nothing is left of it on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, partial, metadata=metadata)
+        _sort_metadata(partial)
+        partial.chmod(usual_mode())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in the order of their names: safetensors writes them in a different one every time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, and its metadata; raises `UserError` when it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from None
+
+
+def _stored_bytes(file: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of one tensor, read and not mapped, so that hashing a model takes no memory."""
+    _, start = safetensors_header(file)
+    with file.open("rb") as opened:
+        opened.seek(start + begin)
+        left = end - begin
+        while left:
+            chunk = opened.read(min(left, CHUNK_BYTES))
+            left -= len(chunk)
+            yield chunk
