@@ -1,0 +1,74 @@
+"""What the inputs of every linear weigh on calibration text."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_tensors
+from .decoder import Decoder, LayerWalk
+from .errors import UserError
+from .tier_maps import TierMap
+
+
+def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Per linear, the mean over samples of the squared inputs summed over a sample's tokens: float32 [in].
+
+    s_j = 1/n * sum over n samples of sum over tokens of x_j^2 (Wanda's scaler_row). windows: int64 [samples, tokens].
+    Raises `UserError` naming the linear whose inputs are not finite.
+    """
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    name_of = {module: name for name, module in decoder.linears().items()}
+    norms = {}
+    for _, layer, replay in walk.layers("calibrate"):
+        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
+        with accumulating_squares(linears) as sums:
+            replay()
+        for name, total in sums.items():
+            if not total.isfinite().all():
+                raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
+            norms[name] = (total / len(windows)).cpu()
+    return norms
+
+
+@contextmanager
+def accumulating_squares(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """While open, sums x_j^2 over all tokens each linear is given: name -> float32 [in]."""
+    sums: dict[str, Tensor] = {}
+    latest: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def accumulate(name: str, inputs: Tensor) -> None:
+        nonlocal latest
+        # q, k and v (gate and up) are given the same tensor: its squares are summed once.
+        if inputs is not latest[0]:
+            latest = inputs, squared_column_sums(inputs)
+        sums[name] = sums[name] + latest[1] if name in sums else latest[1]
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: accumulate(name, inputs[0]))
+        for name, module in linears.items()
+    ]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def squared_column_sums(inputs: Tensor) -> Tensor:
+    """Sum over all tokens of x_j^2, float32: [..., in] -> [in]."""
+    return torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32).square()
+
+
+def read_norms(path: Path | str, tier_map: TierMap) -> dict[str, Tensor]:
+    """What calibrate wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
+    norms, metadata = load_tensors(path)
+    if metadata.get("base_model") != tier_map.base_model:
+        raise UserError(f"{path}: calibration of another model; give what calibrate.py wrote for this one")
+    for name, (_, columns) in tier_map.shapes.items():
+        if name not in norms or norms[name].shape != (columns,):
+            found = list(norms[name].shape) if name in norms else None
+            raise UserError(f"{path}: {name}: {found} norms found, [{columns}] expected; calibrate this model again")
+    return norms
