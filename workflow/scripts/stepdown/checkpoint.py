@@ -143,16 +143,20 @@ def rewrite_checkpoint(
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
-    """Make `target` the same checkpoint as `source`, by hard links where the file system has them."""
+    """Make `target` the same checkpoint as `source`, its weights by hard links where the file system has them."""
     source, target = Path(source), Path(target)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    partial.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        # The index is an output that Snakemake dates: it must be a file of its own.
+        copy = _link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
+        copy(file, partial / file.name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:

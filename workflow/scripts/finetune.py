@@ -1,0 +1,167 @@
+"""Finetune a pruned checkpoint with its mask fixed, full or LoRA; with 0 epochs pass it on as it is."""
+
+import argparse
+import os
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from stepdown import cli
+from stepdown.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint
+from stepdown.decoder import choose_device, stored_names
+from stepdown.errors import UserError
+from stepdown.files import weight_files, write_json
+from stepdown.preflight import check_length
+from stepdown.recovery import (
+    LEARNING_RATE_SCHEDULES,
+    METHODS,
+    Recovery,
+    RecoverySettings,
+    fingerprint,
+    recover,
+    training_state,
+)
+from stepdown.text import parse_text, training_windows
+from stepdown.tier_maps import TierMap, check_same_model, read_tier_map
+from stepdown.tiers import keep_mask
+
+# Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
+EVALUATION_WINDOWS = 32
+
+
+def main(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    tier_map = read_tier_map(arguments.tier_map)
+    checkpoint = Checkpoint(arguments.model)
+    check_same_model(tier_map, arguments.tier_map, checkpoint)
+    if arguments.epochs == 0:
+        pass_on_checkpoint(arguments.model, arguments.output_model)
+        _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
+        return
+    settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
+    device = _device(arguments.device)
+    windows, evaluation_windows = _read_text(arguments)
+    inputs = [arguments.tier_map, arguments.model / "config.json", *weight_files(arguments.model)]
+    started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
+    with training_state(arguments.state, started_from) as state:
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
+        )
+        stored = _stored_names(model, checkpoint)
+        masks = _keep_masks(model, tier_map, stored)
+        recovery = recover(model, masks, windows, evaluation_windows, settings, state, device)
+        _save(recovery, tier_map, stored, arguments.model, arguments.output_model)
+        _write_log(
+            arguments,
+            epochs=settings.epochs,
+            tokens=recovery.tokens,
+            steps=recovery.steps,
+            best_step=recovery.best_step,
+            log=recovery.log,
+        )
+
+
+def _read_text(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Windows to train on and to evaluate on, int64 [n, length]."""
+    text, length = parse_text(arguments.text), arguments.sequence_length
+    check_length("--sequence-length", length, arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    count = None if arguments.tokens_per_epoch is None else max(1, arguments.tokens_per_epoch // length)
+    train = training_windows(text, tokenizer, "train", length, count, arguments.seed)
+    return train, training_windows(text, tokenizer, "valid", length, EVALUATION_WINDOWS, arguments.seed)
+
+
+def _keep_masks(model: PreTrainedModel, tier_map: TierMap, stored: dict[str, str]) -> dict[str, Tensor]:
+    """Masks by the model's own names of its linears; the tier map has those of the checkpoint."""
+    own = {name: own_name for own_name, name in stored.items()}
+    masks = {}
+    for name, tiers in tier_map.tiers.items():
+        linear = own[f"{name}.weight"].removesuffix(".weight")
+        masks[linear] = keep_mask(model.get_submodule(linear).weight.detach(), tiers, tier_map.block_size)
+    return masks
+
+
+def _save(recovery: Recovery, tier_map: TierMap, stored: dict[str, str], pruned: Path, target: Path) -> None:
+    """Write the finetuned checkpoint with the names and types of the pruned one, or pass that on if it was better."""
+    losses = recovery.evaluations
+    if recovery.best_step == 0:
+        cli.log.warning(
+            "no evaluation after the first step was below the %.4f before it: nothing is changed", losses[0]
+        )
+        pass_on_checkpoint(pruned, target)
+        return
+    cli.log.info("eval loss %.4f -> %.4f at step %d", losses[0], losses[recovery.best_step], recovery.best_step)
+    weights = {stored[name]: tensor for name, tensor in recovery.model.state_dict().items() if name in stored}
+
+    def finetune(tensors: dict[str, Tensor]) -> None:
+        # What the model does not hold, such as a buffer of an older release, stays as it was.
+        tensors.update({name: weights[name].cpu() for name in tensors if name in weights})
+
+    rewrite_checkpoint(pruned, target, finetune, tier_map.identity)
+
+
+def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name of each tensor of the model -> its name in the checkpoint."""
+    stored = stored_names(model, checkpoint)
+    homeless = dict(model.named_parameters()).keys() - stored
+    if homeless:
+        raise UserError(f"{checkpoint.folder}: has no tensor for {min(homeless)}, which would be finetuned and lost")
+    return stored
+
+
+def _write_log(arguments: argparse.Namespace, **outcome) -> None:
+    write_json(arguments.output_log, {"step": arguments.step, "method": arguments.method, **outcome})
+
+
+def _device(name: str) -> str:
+    """`cpu` or `cuda`. Of several GPUs the Trainer would take all, so it is shown the first."""
+    if name != "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return choose_device(name).type
+
+
+def _quiet_libraries() -> None:
+    """One progress bar is ours; what libraries say to their own developers is nobody's."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_model_arguments(parser)
+    parser.add_argument("--tier-map", type=Path, required=True)
+    parser.add_argument("--step", required=True, help="name of the step in the log, such as iter3")
+    parser.add_argument("--text", required=True, help="corpus by name or path")
+    parser.add_argument("--sequence-length", type=int, required=True, help="tokens of a window")
+    parser.add_argument("--tokens-per-epoch", type=int, help="default: the whole text")
+    _add_settings(parser)
+    parser.add_argument("--state", type=Path, required=True, help="folder of a training in progress; gone at the end")
+    parser.add_argument("--output-model", type=Path, required=True)
+    parser.add_argument("--output-log", type=Path, required=True)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option per field of RecoverySettings, with its default."""
+    choices = {"method": METHODS, "learning_rate_schedule": list(LEARNING_RATE_SCHEDULES)}
+    for field in fields(RecoverySettings):
+        option = f"--{field.name.replace('_', '-')}"
+        if field.name == "epochs":
+            parser.add_argument(option, type=int, required=True, help="0: the pruned model is passed on")
+        elif field.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
+        elif field.name == "lora_targets":
+            parser.add_argument(option, nargs="+", default=field.default, help="endings of names, or all-linear")
+        else:
+            parser.add_argument(option, type=field.type, default=field.default, choices=choices.get(field.name))
+
+
+if __name__ == "__main__":
+    cli.run(main, _parser())

@@ -1,0 +1,461 @@
+"""Finetuning under a fixed keep mask, full or LoRA; knows nothing of where the mask comes from.
+
+`keep_masks` maps the name of a linear (without `.weight`) to its keep mask, bool [out, in]: True where the weight may
+change, False where it is zero and stays zero.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import safetensors
+import torch
+import torch.nn.functional as F
+import transformers
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .errors import UserError
+
+METHODS = ("full", "lora")
+# Our names of the learning-rate schedules, and the Trainer's.
+LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How to finetune. Raises UserError for a value that cannot be meant.
+
+    A step is one update of the weights: `batch_size * gradient_accumulation` windows. `evaluation_steps` counts steps
+    between evaluations, each of which is also a checkpoint to resume from.
+    """
+
+    epochs: int
+    method: str = "full"
+    batch_size: int = 4
+    gradient_accumulation: int = 4
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    learning_rate_schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+    evaluation_steps: int = 100
+    checkpoints_kept: int = 2
+    lora_rank: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = (ALL_LINEAR,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "gradient_accumulation",
+            "evaluation_steps",
+            "checkpoints_kept",
+            "lora_rank",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+        for name in ("weight_decay", "warmup_steps", "seed"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        for name, known in (("method", METHODS), ("learning_rate_schedule", LEARNING_RATE_SCHEDULES)):
+            self._require(name, getattr(self, name) in known, " or ".join(known))
+        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+
+    def _require(self, name: str, fulfilled: bool, wanted: str) -> None:
+        if not fulfilled:
+            raise UserError(f"recovery: {name} is {getattr(self, name)!r}: give {wanted}")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What finetuning came to: the model as it was at its best evaluation after the first step, and how it got there.
+
+    log: rows {"step", "epoch", "loss", "learning_rate"} of every step and {"step", "epoch", "eval_loss"} of every
+    evaluation, the one before the first step included; tokens: trained on, all epochs together.
+    """
+
+    model: PreTrainedModel
+    log: list[dict[str, float]]
+    steps: int
+    tokens: int
+
+    @property
+    def evaluations(self) -> dict[int, float]:
+        """Evaluation loss by step."""
+        return {row["step"]: row["eval_loss"] for row in self.log if "eval_loss" in row}
+
+    @property
+    def best_step(self) -> int:
+        """Where the evaluation loss is lowest, first of all if equal.
+
+        0 says that training has not improved on the model it was given, which the caller should then keep instead.
+        """
+        return min(self.evaluations, key=self.evaluations.__getitem__)
+
+
+def recover(
+    model: PreTrainedModel,
+    keep_masks: Mapping[str, Tensor],
+    windows: Tensor,
+    evaluation_windows: Tensor,
+    settings: RecoverySettings,
+    state: Path,
+    device: str = "cpu",
+) -> Recovery:
+    """Finetune a float32 model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
+
+    `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
+    `cuda`. Raises UserError when there is no text, when LoRA targets match nothing, and when the loss is not finite.
+    """
+    for name, given in (("training", windows), ("evaluation", evaluation_windows)):
+        if len(given) == 0:
+            raise UserError(
+                f"recovery: the {name} text is shorter than one window: shorten sequence_length or give more text"
+            )
+    transformers.set_seed(settings.seed)
+    if settings.method == "lora":
+        model = add_masked_adapter(model, keep_masks, settings)
+    trainer = _MaskedTrainer(
+        # An adapter's own mask does all there is to do.
+        {} if settings.method == "lora" else keep_masks,
+        model=model,
+        args=_training_arguments(settings, state, device),
+        train_dataset=_Windows(windows),
+        eval_dataset=_Windows(evaluation_windows),
+    )
+    _train(trainer, last_checkpoint(state))
+    if settings.method == "lora":
+        model = model.merge_and_unload()
+    check_pruned_are_zero(model, keep_masks)
+    log = _curve(trainer.state.log_history)
+    return Recovery(model, log, trainer.state.global_step, tokens=settings.epochs * windows.numel())
+
+
+def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError, since it would be a fault of this module, if a pruned weight is not zero."""
+    for name, keep in keep_masks.items():
+        weight = model.get_submodule(name).weight
+        revived = int(weight.detach()[~keep.to(weight.device)].count_nonzero())
+        if revived:
+            raise RuntimeError(f"{name}: finetuning revived {revived} pruned weights")
+
+
+# ---------------------------------------------------------------- training
+
+
+class _Windows(torch.utils.data.Dataset):
+    """Windows of tokens, [n, length], as a causal language model is trained on them; the model shifts the labels."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+class _MaskedTrainer(Trainer):
+    """A Trainer that zeroes the gradients of pruned weights before they are clipped, and the weights after each step.
+
+    With a zero gradient AdamW leaves a zero weight at zero, decay and momentum included; that the weights are masked as
+    well makes it hold whatever the optimizer.
+    """
+
+    def __init__(self, keep_masks: Mapping[str, Tensor], **arguments) -> None:
+        super().__init__(**arguments)
+        # Multiplying by bytes is four times as fast on a CPU as multiplying by the same bytes called bool.
+        self._masked = [
+            (self.model.get_submodule(name).weight, keep.to(self.args.device).view(torch.uint8))
+            for name, keep in keep_masks.items()
+            if not keep.all()
+        ]
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_FiniteLoss())
+        if sys.stderr.isatty():
+            self.add_callback(_Bar())
+
+    def training_step(self, *arguments, **keywords) -> Tensor:
+        loss = super().training_step(*arguments, **keywords)
+        # Once per step, when the last batch of the accumulation has been added.
+        if self.accelerator.sync_gradients:
+            self._mask_gradients()
+        return loss
+
+    def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*arguments, **keywords)
+        optimizer.register_step_post_hook(self._mask_weights)
+        return optimizer
+
+    def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save by the model's own names, as the Trainer loads; by those of its family it would miss some, silently."""
+        own_names = {} if isinstance(self.model, peft.PeftModel) else {"save_original_format": False}
+        self.model.save_pretrained(output_dir, state_dict=state_dict, **own_names)
+
+    def _save_checkpoint(self, *arguments, **keywords) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **keywords)
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            # What safetensors and torch make of a failed write; neither is an OSError.
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{self.args.output_dir}: not written ({reason}); is the disk full?") from error
+
+    def _mask_gradients(self) -> None:
+        for weight, keep in self._masked:
+            if weight.grad is not None:
+                weight.grad.mul_(keep)
+
+    @torch.no_grad()
+    def _mask_weights(self, *_) -> None:
+        for weight, keep in self._masked:
+            weight.mul_(keep)
+
+
+class _FiniteLoss(TrainerCallback):
+    """Ends a training that has diverged, before anything of it is saved."""
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        mend = f"lower learning_rate (now {args.learning_rate:g})" if state.global_step else "the model given is broken"
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                where = f"at step {state.global_step} of {state.max_steps}"
+                raise UserError(f"recovery: {name} is {logs[name]} {where}: {mend}")
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar, with the losses beside it instead of a line per step."""
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        losses = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs}
+        if self.training_bar is not None and losses:
+            self.training_bar.set_postfix(losses)
+
+
+def _training_arguments(settings: RecoverySettings, state: Path, device: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(state),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=LEARNING_RATE_SCHEDULES[settings.learning_rate_schedule],
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        eval_strategy="steps",
+        eval_steps=settings.evaluation_steps,
+        save_strategy="steps",
+        save_steps=settings.evaluation_steps,
+        save_total_limit=settings.checkpoints_kept,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        # Every step: a loss that is not finite is seen at once, and a resumed run logs what an undisturbed one does.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        seed=settings.seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one; the model ends as at its best evaluation after the first step."""
+    # The evaluation before the first step is part of a checkpoint's log already.
+    trainer.args.eval_on_start = checkpoint is None
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        batch_size = trainer.args.per_device_train_batch_size
+        raise UserError(f"recovery: out of memory at batch_size {batch_size}: lower it, or sequence_length") from error
+
+
+def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of a Trainer's log that are losses, without the times it took."""
+    columns = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    rows = [row for row in history if "loss" in row or "eval_loss" in row]
+    return [{column: row[column] for column in columns if column in row} for row in rows]
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+class MaskedLoraLinear(lora.Linear):
+    """A linear whose adapter is masked while it trains: y = x (W + keep * scaling B A)^T + bias.
+
+    What is merged is therefore what was trained, to the bit, and a pruned weight is never anything but zero.
+    W: [out, in], A: [rank, in], B: [out, rank]. The price of a mask is that B A is formed in every step: a step takes
+    the time of full finetuning, and saves the optimizer's memory. Dropout acts on the adapter's input.
+    """
+
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.register_buffer("keep", None, persistent=False)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to W, [out, in]; peft's own merge asks for it here too."""
+        # Under autocast B A would be rounded to bf16 while training, and not when merged.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = super().get_delta_weight(adapter)
+            return delta if self.keep is None else delta * self.keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        (adapter,) = self.active_adapters
+        delta = self.get_delta_weight(adapter)
+        dropout = self.lora_dropout[adapter]
+        if self.training and not isinstance(dropout, nn.Identity):
+            return self.base_layer(x) + F.linear(dropout(x), delta)
+        return F.linear(x, self.weight + delta, self.bias)
+
+
+def add_masked_adapter(
+    model: PreTrainedModel, keep_masks: Mapping[str, Tensor], settings: RecoverySettings
+) -> peft.PeftModel:
+    """The model with a masked adapter on each linear that `lora_targets` names; only the adapters train.
+
+    Raises UserError for a target that matches none of the masked linears.
+    """
+    targets = match_targets(list(keep_masks), settings.lora_targets)
+    config = peft.LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        task_type=peft.TaskType.CAUSAL_LM,
+    )
+    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    adapted = peft.get_peft_model(model, config)
+    for name in targets:
+        if not keep_masks[name].all():
+            # get_peft_model has put the adapters into the model it was given.
+            model.get_submodule(name).keep = keep_masks[name]
+    return adapted
+
+
+def match_targets(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The linears that end in one of the targets (whole parts of a name, such as `q_proj` or `mlp.down_proj`)."""
+    matched: set[str] = set()
+    for target in targets:
+        found = {name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")}
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise UserError(
+                f"recovery: lora_targets: {target!r} matches no pruned linear; there are {known}, or {ALL_LINEAR}"
+            )
+        matched |= found
+    return [name for name in linears if name in matched]
+
+
+# ---------------------------------------------------------------- training state
+
+
+def fingerprint(settings: RecoverySettings, windows: Iterable[Tensor], files: Iterable[Path]) -> str:
+    """A hash of all that a training depends on: settings, tokens, the contents of files (model, tier map), and code."""
+    digest = hashlib.sha256()
+    for package in (torch, transformers, peft):
+        digest.update(f"{package.__name__} {package.__version__}\n".encode())
+    digest.update(repr(settings).encode())
+    for tokens in windows:
+        digest.update(f"{tuple(tokens.shape)}".encode() + tokens.contiguous().numpy().tobytes())
+    for path in (Path(__file__), *files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def training_state(folder: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder a training keeps its checkpoints in, locked; gone once the block ends well, kept if it does not.
+
+    What was started from anything else than `fingerprint` says is wiped. Raises UserError if another process holds it.
+    """
+    with _locked(folder):
+        checkpoints, record = folder.resolve() / "checkpoints", folder / "fingerprint"
+        # The Trainer notes its best checkpoint by path: a folder that was moved is another one.
+        identity = f"{fingerprint} {checkpoints}\n"
+        if not record.exists() or record.read_text(encoding="utf-8") != identity:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            record.write_text(identity, encoding="utf-8")
+        checkpoints.mkdir(exist_ok=True)
+        yield checkpoints
+        shutil.rmtree(checkpoints)
+        record.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against every other process; the kernel frees it with the process, however that ends."""
+    path = folder / "lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read() or "another process"
+                raise UserError(f"{folder}: {holder} is training here: wait for it, or end it first") from None
+            # Whoever held it may have removed the file since it was opened here.
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+            path.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            return
+
+
+def last_checkpoint(state: Path) -> Path | None:
+    """The last complete checkpoint in a state folder; later ones that a kill has left unfinished are removed."""
+    for checkpoint in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if _is_complete(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file the Trainer resumes from is there and has not lost its end."""
+    shards = list(checkpoint.glob("*.safetensors"))
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for shard in shards:
+            # Opening compares the header with the length of the file.
+            with safetensors.safe_open(shard, "pt"):
+                pass
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    # torch saves zip archives, whose directory is at the end.
+    pickles = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    return bool(shards) and all(zipfile.is_zipfile(checkpoint / name) for name in pickles)
