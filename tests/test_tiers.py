@@ -80,7 +80,7 @@ def test_schedule_keeps_every_invariant(shape, block_size, seed, selection):
     for row in SCHEDULE:
         before = weight.clone()
         stage_1 = degrade_dense_to_two_four(tiers, block_scores(weight, norms, block_size), row)
-        stage_2 = degrade_two_four_to_top_k_(weight, norms, stage_1, row, block_size, k, selection)
+        stage_2 = degrade_two_four_to_top_k_(weight, norms, tiers, stage_1, row, block_size, k, selection)
         # Largest remainders of two rows may round against each other; a block never goes up all the same.
         dense, _, top_k = tier_counts(row, tiers.numel())
         dense_before, _, top_k_before = count_tiers(tiers)
@@ -164,10 +164,11 @@ def test_steps_equal_the_reference(golden, tag, iteration):
     dense_degraded, mid_degraded = stats[:2].tolist()
     scores = block_scores(weight, norms, block_size)
     stage_1 = step_down(tiers, scores[tiers == Tier.DENSE], Tier.DENSE, dense_degraded)
-    left = prune_two_four_(weight, norms, stage_1 == Tier.TWO_FOUR, block_size, "magnitude")
+    prune_two_four_(weight, norms, stage_1 != tiers, block_size, "magnitude")
     if f"it{iteration}_W_after_stage1" in case:
         assert torch.equal(weight, case[f"it{iteration}_W_after_stage1"])
-    stage_2 = step_down(stage_1, left, Tier.TWO_FOUR, mid_degraded)
+    left = block_scores(weight, norms, block_size)
+    stage_2 = step_down(stage_1, left[stage_1 == Tier.TWO_FOUR], Tier.TWO_FOUR, mid_degraded)
     prune_top_k_(weight, norms, stage_2 != stage_1, block_size, k, "magnitude")
     assert torch.equal(stage_2.long(), expected_tiers)
     assert torch.equal(weight, expected_weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .blocks import entries_per_block, expand_blocks, gather_blocks, pad_columns, pad_to_blocks, scatter_blocks_
 from .masks import keep_n_of_m, keep_top_k
-from .saliency import magnitude
+from .saliency import block_scores, magnitude
 
 # As many as keep the temporaries of 16 x 16 blocks at 2 MB.
 BLOCKS_AT_ONCE = 2048
@@ -79,48 +79,48 @@ def degrade_dense_to_two_four(tier_map: Tensor, scores: Tensor, shares: Sequence
 def degrade_two_four_to_top_k_(
     weight: Tensor,
     squared_norms: Tensor,
-    tier_map: Tensor,
+    before: Tensor,
+    stage_1: Tensor,
     shares: Sequence[str | float],
     block_size: int,
     k: int,
     selection: str = "wanda",
 ) -> Tensor:
-    """Stage 2: prune the 2:4 blocks of the stage-1 map, rescore them all on what is left, step the lowest down to TopK.
+    """Stage 2: prune the blocks that stage 1 brought to 2:4, rescore all 2:4 blocks, step the lowest down to TopK.
 
-    weight: [out, in], pruned in place; squared_norms: [in]; returns the new map.
+    weight: [out, in], pruned in place; squared_norms: [in]; before, stage_1: maps before and after stage 1; returns the
+    new map.
     """
-    scores = prune_two_four_(weight, squared_norms, tier_map == Tier.TWO_FOUR, block_size, selection)
-    _, _, top_k = tier_counts(shares, tier_map.numel())
-    missing = top_k - count_tiers(tier_map)[Tier.TOP_K]
-    stepped = step_down(tier_map, scores, Tier.TWO_FOUR, missing)
-    prune_top_k_(weight, squared_norms, stepped != tier_map, block_size, k, selection)
-    return stepped
+    prune_two_four_(weight, squared_norms, stage_1 != before, block_size, selection)
+    scores = block_scores(weight, squared_norms, block_size)[stage_1 == Tier.TWO_FOUR]
+    _, _, top_k = tier_counts(shares, stage_1.numel())
+    stage_2 = step_down(stage_1, scores, Tier.TWO_FOUR, top_k - count_tiers(stage_1)[Tier.TOP_K])
+    prune_top_k_(weight, squared_norms, stage_2 != stage_1, block_size, k, selection)
+    return stage_2
 
 
 def prune_two_four_(
     weight: Tensor, squared_norms: Tensor, chosen: Tensor, block_size: int, selection: str = "wanda"
-) -> Tensor:
-    """Keep 2 of each 4 consecutive inputs in the chosen blocks; what such a block has lost it does not get back.
+) -> None:
+    """Keep the 2 of largest metric of each 4 consecutive inputs in the chosen blocks.
 
-    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols]. Returns the scores of the
-    chosen blocks on what is left of them, float32 [chosen].
+    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols].
     """
-    return _prune_blocks_(weight, squared_norms, chosen, block_size, selection, lambda m, _: keep_n_of_m(m, 2, 4))
+    _prune_blocks_(weight, squared_norms, chosen, block_size, selection, lambda m, _: keep_n_of_m(m, 2, 4))
 
 
 def prune_top_k_(
     weight: Tensor, squared_norms: Tensor, chosen: Tensor, block_size: int, k: int, selection: str = "wanda"
-) -> Tensor:
-    """Keep the k entries of largest metric in each chosen block (edge blocks: in proportion to their real entries).
+) -> None:
+    """Keep the k of largest metric in each chosen block (edge blocks: in proportion to their real entries).
 
-    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols]. Returns the scores of the
-    chosen blocks on what is left of them, float32 [chosen].
+    weight: [out, in], in place; squared_norms: [in]; chosen: bool [block rows, block cols].
     """
 
     def keep(metric: Tensor, entries: Tensor) -> Tensor:
         return keep_top_k(metric.flatten(1), kept_entries(entries, block_size, k)).view_as(metric)
 
-    return _prune_blocks_(weight, squared_norms, chosen, block_size, selection, keep)
+    _prune_blocks_(weight, squared_norms, chosen, block_size, selection, keep)
 
 
 def kept_entries(entries: Tensor, block_size: int, k: int) -> Tensor:
@@ -141,8 +141,8 @@ def _prune_blocks_(
     block_size: int,
     selection: str,
     keep: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Zero what `keep` (metric [n, b, b], real entries [n] -> bool [n, b, b]) does not keep; score what is left.
+) -> None:
+    """Zero what `keep` (metric [n, b, b], real entries [n] -> bool [n, b, b]) does not keep.
 
     Works through the chosen blocks a few thousand at a time: the temporaries stay small enough to be reused.
     """
@@ -151,20 +151,17 @@ def _prune_blocks_(
     # A dead input's norm is lifted off zero: its weights rank below all others, but above what is pruned already.
     norms = pad_columns(squared_norms.sqrt().clamp(min=DEAD_NORM), block_size).view(-1, 1, block_size)
     entries = entries_per_block(tuple(weight.shape), block_size)[chosen]
-    scores = []
     for index, real in zip(chosen.nonzero().split(BLOCKS_AT_ONCE), entries.split(BLOCKS_AT_ONCE), strict=True):
         blocks = gather_blocks(padded, index, block_size)
-        saliency = magnitude(blocks).mul_(norms[index[:, 1]])
-        metric = saliency if selection == "wanda" else magnitude(blocks)
+        metric = magnitude(blocks)
+        if selection == "wanda":
+            metric *= norms[index[:, 1]]
         if ragged:
             metric = metric.where(_inside(index, tuple(weight.shape), block_size), -torch.inf)
-        kept = keep(metric, real)
         # A product is much faster than a masked fill; adding zero turns its -0.0 into 0.0.
-        scatter_blocks_(padded, index, blocks.mul_(kept).add_(0.0))
-        scores.append(saliency.mul_(kept).sum((1, 2)) / real)
+        scatter_blocks_(padded, index, blocks.mul_(keep(metric, real)).add_(0.0))
     if ragged:
         weight.copy_(padded[: weight.shape[0], : weight.shape[1]])
-    return torch.cat(scores) if scores else torch.empty(0)
 
 
 def _inside(index: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:

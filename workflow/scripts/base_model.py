@@ -1,0 +1,85 @@
+"""Bring the base model of a run to its place and write its tier map, in which every block is Dense."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from stepdown import cli
+from stepdown.checkpoint import Checkpoint
+from stepdown.decoder import open_decoder
+from stepdown.errors import UserError
+from stepdown.files import weight_files
+from stepdown.tier_maps import dense_tier_map, write_tier_map
+
+
+def main(arguments: argparse.Namespace) -> None:
+    source = local_folder(arguments.model, arguments.revision)
+    if has_only_pickles(source):
+        convert(source, arguments.output_model, arguments.trust_remote_code)
+    else:
+        weight_files(source)
+        link_files(source, arguments.output_model)
+    decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
+    shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
+    cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
+    base_model = Checkpoint(arguments.output_model).content_hash()
+    write_tier_map(dense_tier_map(shapes, arguments.block_size, arguments.k, base_model), arguments.output_tier_map)
+
+
+def local_folder(model: str, revision: str | None) -> Path:
+    """The folder of a model: itself, or what the hub gives for an id."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {model}: no such folder, and the hub does not give it ({reason})") from None
+    return folder
+
+
+def has_only_pickles(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
+
+
+def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
+    """A folder of pickled weights, loaded as weights only, as a folder of safetensors."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
+    shutil.rmtree(target, ignore_errors=True)
+    model.save_pretrained(target)
+    for file in source.iterdir():
+        if file.suffix != ".bin" and not file.name.endswith(".index.json") and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+def link_files(source: Path, target: Path) -> None:
+    """A folder of links to the files of another: nothing is copied, and the user's folder is never written to."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    # Links stay right when the project is moved with the model inside it.
+    inside = source.resolve().is_relative_to(Path.cwd())
+    for file in source.iterdir():
+        if file.is_file():
+            to = os.path.relpath(file.resolve(), target.resolve()) if inside else file.resolve()
+            (target / file.name).symlink_to(to)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder of a Hugging Face model, or its id on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=10, help="weights kept in a TopK block (default: %(default)s)")
+    parser.add_argument("--output-model", type=Path, required=True, help="folder to make, of links where it can be")
+    parser.add_argument("--output-tier-map", type=Path, required=True)
+    cli.run(main, parser)

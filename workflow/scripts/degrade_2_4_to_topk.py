@@ -1,0 +1,51 @@
+"""Stage 2: prune the new 2:4 blocks, rescore all on what is left, step the lowest down to TopK; write the model."""
+
+import argparse
+from pathlib import Path
+
+from torch import Tensor
+
+from stepdown import cli
+from stepdown.calibration import read_norms
+from stepdown.checkpoint import Checkpoint, rewrite_checkpoint
+from stepdown.saliency import SELECTIONS
+from stepdown.tier_maps import check_same_model, read_tier_map, write_tier_map
+from stepdown.tiers import degrade_two_four_to_top_k_
+
+
+def main(arguments: argparse.Namespace) -> None:
+    before, stage_1 = read_tier_map(arguments.tier_map_before), read_tier_map(arguments.tier_map)
+    checkpoint = Checkpoint(arguments.model)
+    check_same_model(before, arguments.tier_map_before, checkpoint)
+    check_same_model(stage_1, arguments.tier_map, checkpoint, iterations_ahead=1)
+    norms = read_norms(arguments.calibration, stage_1)
+    tiers = {}
+
+    def degrade(shard: dict[str, Tensor]) -> None:
+        for name in (key.removesuffix(".weight") for key in shard):
+            if name in stage_1.tiers:
+                tiers[name] = degrade_two_four_to_top_k_(
+                    shard[f"{name}.weight"],
+                    norms[name],
+                    before.tiers[name],
+                    stage_1.tiers[name],
+                    stage_1.shares,
+                    stage_1.block_size,
+                    stage_1.k,
+                    arguments.selection,
+                )
+
+    rewrite_checkpoint(arguments.model, arguments.output_model, degrade, stage_1.identity, "2:4 -> TopK")
+    write_tier_map(stage_1.with_tiers(tiers), arguments.output_tier_map)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model as last finetuned")
+    parser.add_argument("--calibration", type=Path, required=True, help="what calibrate.py wrote for this model")
+    parser.add_argument("--tier-map-before", type=Path, required=True, help="tier map of this model")
+    parser.add_argument("--tier-map", type=Path, required=True, help="what degrade_dense_to_2_4.py wrote")
+    parser.add_argument("--selection", choices=SELECTIONS, default="wanda", help="what decides inside a block")
+    parser.add_argument("--output-tier-map", type=Path, required=True)
+    parser.add_argument("--output-model", type=Path, required=True, help="folder of the pruned checkpoint")
+    cli.run(main, parser)

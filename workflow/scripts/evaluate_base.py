@@ -1,0 +1,20 @@
+"""Evaluate the base model: its perplexity, which every later one is held against."""
+
+import argparse
+
+from stepdown import cli, evaluation
+from stepdown.files import write_json
+
+
+def main(arguments: argparse.Namespace) -> None:
+    found = evaluation.perplexities(arguments.model, evaluation.settings_of(arguments))
+    result = evaluation.describe_model("iter0", arguments.model_name, arguments.tier_map, arguments.model)
+    result["perplexity"] = {text: {"base": value} for text, value in found.items()}
+    write_json(arguments.output, result | {"protocol": evaluation.protocol(evaluation.settings_of(arguments))})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    cli.add_model_arguments(parser)
+    evaluation.add_arguments(parser)
+    cli.run(main, parser)

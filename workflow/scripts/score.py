@@ -1,0 +1,31 @@
+"""Score every block of every prunable matrix: the mean Wanda metric over its weights."""
+
+import argparse
+from pathlib import Path
+
+from stepdown import cli
+from stepdown.calibration import read_norms
+from stepdown.checkpoint import Checkpoint, save_tensors
+from stepdown.saliency import block_scores
+from stepdown.tier_maps import check_same_model, check_zeros, read_tier_map
+
+
+def main(arguments: argparse.Namespace) -> None:
+    checkpoint, tier_map = Checkpoint(arguments.model), read_tier_map(arguments.tier_map)
+    check_same_model(tier_map, arguments.tier_map, checkpoint)
+    norms = read_norms(arguments.calibration, tier_map)
+    scores = {}
+    for name in cli.progress(tier_map.tiers, "score"):
+        weight = checkpoint.matrix(name)
+        check_zeros(tier_map, name, weight, checkpoint.folder)
+        scores[name] = block_scores(weight, norms[name], tier_map.block_size)
+    save_tensors(scores, arguments.output, tier_map.identity)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model as last finetuned")
+    parser.add_argument("--calibration", type=Path, required=True, help="what calibrate.py wrote for this model")
+    parser.add_argument("--tier-map", type=Path, required=True, help="tier map of this model")
+    parser.add_argument("--output", type=Path, required=True, help="float32 [block rows, block cols] per matrix")
+    cli.run(main, parser)
