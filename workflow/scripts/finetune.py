@@ -3,7 +3,7 @@
 import argparse
 import os
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,9 @@ def main(arguments: argparse.Namespace) -> None:
         return
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
     device = _device(arguments.device)
-    windows, evaluation_windows = _read_text(arguments)
+    windows, evaluation_windows = _read_text(arguments, tier_map.iteration)
+    if arguments.tokens_per_epoch is not None:
+        settings = replace(settings, epochs=1)  # The windows are those of all epochs.
     inputs = [arguments.tier_map, arguments.model / "config.json", *weight_files(arguments.model)]
     started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
@@ -57,7 +59,7 @@ def main(arguments: argparse.Namespace) -> None:
         _save(recovery, tier_map, stored, arguments.model, arguments.output_model)
         _write_log(
             arguments,
-            epochs=settings.epochs,
+            epochs=arguments.epochs,
             tokens=recovery.tokens,
             steps=recovery.steps,
             best_step=recovery.best_step,
@@ -65,14 +67,21 @@ def main(arguments: argparse.Namespace) -> None:
         )
 
 
-def _read_text(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Windows to train on and to evaluate on, int64 [n, length]."""
+def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, Tensor]:
+    """Windows to train on and to evaluate on, int64 [n, length].
+
+    With `tokens_per_epoch` they are the windows of all epochs together: every epoch, and every iteration, has others, as
+    long as the text lasts.
+    """
     text, length = parse_text(arguments.text), arguments.sequence_length
     check_length("--sequence-length", length, arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    count = None if arguments.tokens_per_epoch is None else max(1, arguments.tokens_per_epoch // length)
-    train = training_windows(text, tokenizer, "train", length, count, arguments.seed)
-    return train, training_windows(text, tokenizer, "valid", length, EVALUATION_WINDOWS, arguments.seed)
+    evaluation = training_windows(text, tokenizer, "valid", length, EVALUATION_WINDOWS, arguments.seed)
+    if arguments.tokens_per_epoch is None:
+        return training_windows(text, tokenizer, "train", length, None, arguments.seed), evaluation
+    count = arguments.epochs * max(1, arguments.tokens_per_epoch // length)
+    windows = training_windows(text, tokenizer, "train", length, count, arguments.seed + iteration)
+    return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
 
 
 def _keep_masks(model: PreTrainedModel, tier_map: TierMap, stored: dict[str, str]) -> dict[str, Tensor]:

@@ -1,0 +1,38 @@
+# make setup | run | test | test-slow | lint | bench: each installs what it needs first, into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup run test test-slow lint bench
+
+setup: .venv/ready
+
+# The stamp is made last: an installation that was interrupted is gone on with, a finished one takes no time.
+.venv/ready: requirements.txt requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is not a Python 3.11; install python3.11 with its venv module," \
+	    "or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into .venv: a few minutes"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+run: setup
+	$(BIN)/snakemake --cores all
+	@cat results/summary.txt
+	@echo
+	@echo "the report with all figures: results/report.html"
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+
+bench: setup
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done

@@ -1,0 +1,211 @@
+# What the rules share: the checked configuration, the schedule, and where a step's files are.
+
+import ast
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(workflow.basedir)
+SCRIPTS = Path(os.path.relpath(ROOT / "workflow/scripts"))
+sys.path.append(str(SCRIPTS))
+
+from stepdown.errors import UserError
+from stepdown.preflight import SPLITS_READ, check_inputs, complete_config, local_model, text_files
+from stepdown.schedule import one_shot, read_schedule
+
+try:
+    config.update(complete_config(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())))
+    SCHEDULE = read_schedule(config["schedule"])
+    check_inputs(config)
+except (UserError, OSError) as error:
+    # The one way out of a Snakefile that prints the line and nothing else.
+    raise SystemExit(f"error: {error}")
+
+STEPS = [f"iter{row.iteration}" for row in SCHEDULE] + [f"oneshot/{name}" for name in config["oneshot"]]
+
+EVALS = expand("results/{step}/eval.json", step=["iter0", *STEPS])
+TRAINING = expand("results/{step}/training.json", step=STEPS)
+TIER_MAPS = expand("results/{step}/tier_map.safetensors", step=STEPS)
+
+# A step asks for the step before it: Python's default of 1000 frames ends at 96 iterations.
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + 20 * len(SCHEDULE)))
+
+# `python` is this interpreter where no conda environment is active, and that environment's where one is;
+# what stands in ~/.local is part of neither.
+os.environ.update(
+    PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]), PYTHONNOUSERSITE="1"
+)
+# Threads that wait by spinning make everything several times slower as soon as the machine does anything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A job that Snakemake gives one thread, as it does under -j1, may have the machine: much of a job's time is not parallel.
+shell.prefix('[ "$OMP_NUM_THREADS" != 1 ] || unset OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS; ')
+
+
+# --- steps and their files -------------------------------------------------------------------------------------------
+
+
+def row(step):
+    """The row of the schedule that a step follows."""
+    if step.startswith("oneshot/"):
+        return one_shot(SCHEDULE)
+    number = int(step.removeprefix("iter"))
+    if number > len(SCHEDULE):
+        raise SystemExit(
+            f"error: results/{step}: {config['schedule']} has {len(SCHEDULE)} rows; add a row or ask for less"
+        )
+    return SCHEDULE[number - 1]
+
+
+def previous(step):
+    """The step whose finetuned model this one starts from; a one-shot run starts from the base model."""
+    return f"iter{row(step).iteration - 1}"
+
+
+def statistics(step):
+    """The step whose calibration and scores serve this one: a one-shot run has its base model in common with iter1."""
+    return f"iter{row(step).iteration}"
+
+
+def model_folder(step):
+    return f"results/{step}/model" if step == "iter0" else f"results/{step}/finetuned_model"
+
+
+def model_ready(step):
+    """The file that is written last when a step's model is complete.
+
+    The base model may be links to the user's own files, and Snakemake deletes what is declared as output: its tier map
+    stands for it.
+    """
+    return tier_map(step) if step == "iter0" else f"{model_folder(step)}/model.safetensors.index.json"
+
+
+def tier_map(step):
+    return f"results/{step}/tier_map.safetensors"
+
+
+# --- what reruns a rule ----------------------------------------------------------------------------------------------
+
+
+@cache
+def code_hash(script):
+    """Hash of a script and of the modules beside it that it imports, directly or not, as parsed: comments do not count."""
+    trees, waiting = {}, [SCRIPTS / script]
+    while waiting:
+        path = waiting.pop()
+        if path not in trees:
+            trees[path] = ast.parse(path.read_bytes())
+            waiting += imported_files(path, trees[path])
+    dumps = [f"{path.relative_to(SCRIPTS)} {ast.dump(trees[path])}" for path in sorted(trees)]
+    return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
+
+
+def imported_files(path, tree):
+    """The files below workflow/scripts that the import statements of a module name, packages on the way included."""
+    package = path.parent.relative_to(SCRIPTS).parts
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            start += tuple(node.module.split(".")) if node.module else ()
+            names.update({start, *((*start, alias.name) for alias in node.names)})
+    modules = {SCRIPTS.joinpath(*name[:end]) for name in names for end in range(1, len(name) + 1)}
+    candidates = {file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")}
+    return [file for file in candidates if file.is_file()]
+
+
+@cache
+def fingerprint(path):
+    """Size and hash of a file, never its date: of a large one, the hash of 256 pieces of 64 KiB spread evenly over it."""
+    piece, pieces = 1 << 16, 256
+    size = path.stat().st_size
+    step = max(piece, size // pieces)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(piece))
+    return f"{size} {digest.hexdigest()[:16]}"
+
+
+def model_fingerprint():
+    """What the files of a local model hold; a hub id and its revision say it themselves."""
+    folder = local_model(config["model"])
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md") if folder else []
+    return [f"{path.name} {fingerprint(path)}" for path in files]
+
+
+def text_fingerprint(section):
+    """What the local files hold that a section of the configuration reads."""
+    return [fingerprint(path) for text in texts(section) for path in text_files(text, SPLITS_READ[section])]
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+# In results a model is called what the configuration calls it, but where on this machine it lies is nobody's business.
+MODEL_NAME = Path(config["model"]).name if os.path.isabs(config["model"]) else config["model"]
+TRUST = ["--trust-remote-code"] if config["trust_remote_code"] else []
+# `auto` takes a GPU it finds; only `cuda` has a cluster look for one.
+GPUS = int(config["device"] == "cuda")
+# What rules with much to compute ask for: half the cores, since the iterations and the one-shot run are two chains that
+# can go on side by side. A profile's set-threads sets it.
+THREADS = max(1, min(8, (workflow.cores or 16) // 2))
+
+
+def texts(section):
+    return config[section]["texts"] if section == "evaluation" else [config[section]["text"]]
+
+
+def text_arguments(section):
+    """The texts of a section as the scripts take them: a name, a path, or JSON with a path for each split it reads."""
+    return [
+        text if isinstance(text, str) else json.dumps({split: text[split] for split in SPLITS_READ[section]})
+        for text in texts(section)
+    ]
+
+
+def flags(options):
+    """Options as words of a command line: {"batch_size": 4, "bf16": False, "tokens": None} -> --batch-size 4 --no-bf16."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def section_flags(section, *left_out):
+    """The numbers and choices of a section of the configuration as flags; its texts have a form of their own."""
+    return flags({key: value for key, value in config[section].items() if key not in ("text", "texts", *left_out)})
+
+
+def recovery_flags():
+    """LoRA's options belong to LoRA only: setting its rank must not rerun full finetuning."""
+    lora = config["recovery"]["lora"] if config["recovery"]["method"] == "lora" else {}
+    return section_flags("recovery", "lora") + flags({f"lora_{key}": value for key, value in lora.items()})
+
+
+def figure(name):
+    """A figure as an output that the report shows with its caption."""
+    labels = {"figure": name.replace("_", " ")}
+    return report(f"results/figures/{name}.svg", caption=f"../report/{name}.rst", category="Figures", labels=labels)
+
+
+def write_report(path, log, *targets):
+    """Have Snakemake write its own report on the targets, with the configuration of this run."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings, open(log, "w") as messages:
+        json.dump(config, settings)
+        settings.flush()
+        command = [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile, "--nolock"]
+        command += ["--configfile", settings.name, "--report", path, "--", *targets]
+        subprocess.run(command, stdout=messages, stderr=messages, check=True)

@@ -1,0 +1,77 @@
+# All steps side by side: a table, figures, and Snakemake's own report with both.
+
+
+rule summarize:
+    input:
+        evals=EVALS,
+        training=TRAINING,
+    output:
+        table=report(
+            "results/summary.csv", caption="../report/summary.rst", category="Summary", labels={"what": "table"}
+        ),
+        text="results/summary.txt",
+    log:
+        "results/logs/summarize.log",
+    benchmark:
+        "results/benchmarks/summarize.jsonl"
+    conda:
+        "../envs/report.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        script=SCRIPTS / "summarize.py",
+        code=code_hash("summarize.py"),
+    message:
+        "the table of all steps"
+    shell:
+        "python {params.script} --evals {input.evals} --training {input.training}"
+        " --output {output.table} --log {log} > {output.text}"
+
+
+rule plot:
+    input:
+        evals=EVALS,
+        training=TRAINING,
+        tier_maps=TIER_MAPS,
+    output:
+        perplexity=figure("perplexity"),
+        tier_shares=figure("tier_shares"),
+        tier_maps=figure("tier_maps"),
+        training=figure("training"),
+    log:
+        "results/logs/plot.log",
+    benchmark:
+        "results/benchmarks/plot.jsonl"
+    conda:
+        "../envs/report.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        script=SCRIPTS / "plot.py",
+        code=code_hash("plot.py"),
+        folder=subpath(output.perplexity, parent=True),
+    message:
+        "the figures"
+    shell:
+        "python {params.script} --evals {input.evals} --training {input.training} --tier-maps {input.tier_maps}"
+        " --output-folder {params.folder} --log {log}"
+
+
+# No environment of its own: the Snakemake that runs the workflow is the one that knows what to report.
+rule html_report:
+    input:
+        rules.summarize.output.table,
+        rules.plot.output,
+    output:
+        "results/report.html",
+    log:
+        "results/logs/report.log",
+    localrule: True
+    params:
+        captions=[fingerprint(path) for path in sorted((ROOT / "workflow/report").glob("*.rst"))],
+    message:
+        "the report, results/report.html"
+    run:
+        write_report(output[0], log[0], *input)
