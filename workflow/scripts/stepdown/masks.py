@@ -23,10 +23,11 @@ def keep_n_of_m(metric: Tensor, n: int, m: int) -> Tensor:
             first_wins = columns[first] >= columns[second]
             losses[second] += first_wins
             losses[first] += ~first_wins
-    allowance = n
+    # A tensor, not the number: two tensors of bytes are compared with vector instructions.
+    allowance = torch.full_like(losses[0], n)
     if groups.numel() and groups.amin() == -torch.inf:
         there = (groups > -torch.inf).sum(-1)
-        allowance = (there * n + m - 1) // m
+        allowance = ((there * n + m - 1) // m).to(torch.uint8)
     keep = torch.stack([loss < allowance for loss in losses], dim=-1)
     return keep.flatten(-2)[..., :length]
 
@@ -41,7 +42,7 @@ def keep_top_k(metric: Tensor, k: Tensor) -> Tensor:
     largest = metric.topk(int(k.max()), dim=-1).values
     threshold = largest.gather(-1, k[:, None] - 1)
     keep = metric >= threshold
-    crowded = keep.sum(-1) > k
+    crowded = keep.sum(-1, dtype=torch.int32) > k
     if crowded.any():
         # Several entries share the threshold: the earlier ones take the room that the larger ones leave.
         above = metric[crowded] > threshold[crowded]

@@ -158,8 +158,9 @@ def _prune_blocks_(
             metric *= norms[index[:, 1]]
         if ragged:
             metric = metric.where(_inside(index, tuple(weight.shape), block_size), -torch.inf)
-        # A product is much faster than a masked fill; adding zero turns its -0.0 into 0.0.
-        scatter_blocks_(padded, index, blocks.mul_(keep(metric, real)).add_(0.0))
+        # A product with bytes is many times as fast as a masked fill; adding zero turns its -0.0 into 0.0.
+        kept = keep(metric, real).view(torch.uint8)
+        scatter_blocks_(padded, index, blocks.mul_(kept).add_(0.0))
     if ragged:
         weight.copy_(padded[: weight.shape[0], : weight.shape[1]])
 
