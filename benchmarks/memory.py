@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
                 *("--dense", 0.35, "--mid-2-4", 0.45, "--topk", 0.2),
             ),
             "degrade_2_4_to_topk.py": (
-                *("--model", model, "--calibration", norms, "--tier-map", stage_1),
+                *("--model", model, "--calibration", norms, "--tier-map-before", dense, "--tier-map", stage_1),
                 *("--output-tier-map", root / "tier_map.safetensors", "--output-model", root / "pruned"),
             ),
         }

@@ -316,6 +316,14 @@ def test_documents_are_joined_by_blank_lines_and_tokenised_once():
     assert byte_tokenizer().decode(stream[1:]) == "one\n\n\n\ntwo"
 
 
+def test_a_stream_in_pieces_is_the_stream(monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 10)
+    documents = ["line\n" * 7 + "end", "", "no line end " * 5, "x"]
+    tokenizer = byte_tokenizer()
+    assert torch.equal(text.stream_in_pieces(documents, tokenizer), text.token_stream(documents, tokenizer))
+    assert len(text.stream_in_pieces([""], tokenizer)) == 0
+
+
 def test_a_text_longer_than_the_context_is_no_reason_to_warn(caplog):
     short = byte_tokenizer(model_max_length=4)
     library = logging.getLogger("transformers")

@@ -130,7 +130,7 @@ class LayerWalk:
         self.batches = batches
         self.states: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []
-        with _surroundings(decoder):
+        with _loaded_around_layers(decoder, decoder.model.base_model_prefix):
             self._returned = _returned_by_layers(decoder, batches[0][:1])
             for batch in batches:
                 state, calls = _record_calls(decoder, batch, self._returned)
@@ -153,7 +153,7 @@ class LayerWalk:
     def logits(self) -> Iterator[Tensor]:
         """After the last layer: per batch, the logits [sequences, tokens, vocabulary] of the model's own head."""
         model = self.decoder.model
-        with _surroundings(self.decoder):
+        with _loaded_around_layers(self.decoder):
             for batch, state in zip(self.batches, self.states, strict=True):
                 returned = self._returned(state)
                 with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
@@ -192,10 +192,10 @@ def _ready(tensor: Tensor, decoder: Decoder) -> Tensor:
 
 
 @contextmanager
-def _surroundings(decoder: Decoder) -> Iterator[None]:
-    """Everything but the decoder layers, loaded: embeddings, norms, head."""
+def _loaded_around_layers(decoder: Decoder, prefix: str = "") -> Iterator[None]:
+    """While open, what is outside the decoder layers and begins with `prefix` is loaded: embeddings, norms, head."""
     model, inside = decoder.model, decoder.layers_name + "."
-    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    names = [name for name in model.state_dict() if name.startswith(prefix) and not name.startswith(inside)]
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}.intersection(names)
     _load(decoder, model, "", names)
     try:
