@@ -157,7 +157,7 @@ TRUST = ["--trust-remote-code"] if config["trust_remote_code"] else []
 GPUS = int(config["device"] == "cuda")
 # What rules with much to compute ask for: half the cores, since the iterations and the one-shot run are two chains that
 # can go on side by side. A profile's set-threads sets it.
-THREADS = max(1, min(8, (workflow.cores or 16) // 2))
+THREADS = max(1, min(8, (workflow.resource_settings.cores or 16) // 2))
 
 
 def texts(section):

@@ -327,7 +327,7 @@ def training(steps: Sequence[dict]) -> Figure:
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Loss while finetuning: each iteration starts from the model just pruned")
     axes.grid(axis="x", visible=False)
-    axes.legend(handles=_loss_key(), loc="upper right", fontsize=9)
+    axes.legend(handles=_loss_key(), loc="best", fontsize=9)
     _end_labels(axes, [_loss_end(members[-1], name, colour, divisor) for name, members, colour in lines], gap=8)
     return figure
 
