@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from random_llama import write_random_llama
+
 from stepdown.calibration import squared_input_norms
 from stepdown.decoder import LayerWalk, open_decoder
 

@@ -33,7 +33,9 @@ def main(arguments: argparse.Namespace) -> None:
         root = Path(temporary)
         source = root / "source"
         # In a process of its own: on Linux a process counts the peak of the one that started it as its own.
-        subprocess.run([sys.executable, BENCHMARKS / "random_llama.py", source, f"--layers={arguments.layers}"], check=True)
+        subprocess.run(
+            [sys.executable, BENCHMARKS / "random_llama.py", source, f"--layers={arguments.layers}"], check=True
+        )
         checkpoint = sum(file.stat().st_size for file in source.iterdir()) / 1e6
         states = arguments.samples * arguments.sequence_length * 2048 * 2 / 1e6
         model, dense = root / "model", root / "dense.safetensors"
@@ -57,7 +59,10 @@ def main(arguments: argparse.Namespace) -> None:
         for script, words in runs.items():
             megabytes, seconds = peak(script, *words)
             share = (megabytes - states * (script == "calibrate.py")) / checkpoint
-            print(f"{script:26s} {megabytes:6.0f} MB  {100 * share:4.1f} % of the checkpoint  {seconds:5.1f} s", flush=True)
+            print(
+                f"{script:26s} {megabytes:6.0f} MB  {100 * share:4.1f} % of the checkpoint  {seconds:5.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

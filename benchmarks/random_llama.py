@@ -1,6 +1,5 @@
 """A random Llama of about 1 B parameters on disk, written a layer at a time, with the bundled model's tokenizer.
-
-    python benchmarks/random_llama.py FOLDER
+Called as `python benchmarks/random_llama.py FOLDER`.
 """
 
 import argparse

@@ -70,8 +70,8 @@ def main(arguments: argparse.Namespace) -> None:
 def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, Tensor]:
     """Windows to train on and to evaluate on, int64 [n, length].
 
-    With `tokens_per_epoch` they are the windows of all epochs together: every epoch, and every iteration, has others, as
-    long as the text lasts.
+    With `tokens_per_epoch` they are the windows of all epochs together: every epoch, and every iteration, has others,
+    as long as the text lasts.
     """
     text, length = parse_text(arguments.text), arguments.sequence_length
     check_length("--sequence-length", length, arguments.model)

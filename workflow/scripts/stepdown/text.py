@@ -92,7 +92,7 @@ def token_stream(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase")
 def stream_in_pieces(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """`token_stream`, about `PIECE` characters at a time, cut at line ends: int64 `[tokens]`.
 
-    At a cut a token or two may differ; calibration and training cannot tell, and a long text takes a tenth of the memory.
+    At a cut a token or two may differ; calibration and training cannot tell, and a long text takes far less memory.
     """
     text = "\n\n".join(documents)
     streams, start = [], 0
