@@ -1,0 +1,169 @@
+"""The real workflow, with its real scripts, on a tiny model: two iterations, the one-shot run, table and report."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from families import make_model
+
+from stepdown.checkpoint import Checkpoint
+from stepdown.tier_maps import read_tier_map
+from stepdown.tiers import count_tiers, tier_counts, violations
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "workflow/scripts"
+ROWS = [("0.90", "0.10", "0.00", 1), ("0.50", "0.30", "0.20", 2)]
+CONFIG = {
+    "model": "model",
+    "device": "cpu",
+    "schedule": "schedule.csv",
+    "calibration": {"samples": 4, "sequence_length": 32, "batch_size": 4},
+    "recovery": {
+        "sequence_length": 32,
+        "tokens_per_epoch": 512,
+        "batch_size": 8,
+        "gradient_accumulation": 1,
+        "learning_rate": 1.0e-3,
+        "evaluation_steps": 2,
+    },
+    "evaluation": {"sequence_length": 32, "batch_size": 16, "tokens": 2048},
+}
+
+
+def snakemake(folder, *arguments):
+    command = [sys.executable, "-m", "snakemake", "-j1", "--configfile=mine.yaml", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project in which the whole workflow has run once."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("Snakefile", "workflow", "config", "profiles"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, folder / name)
+    make_model("llama", folder / "model", vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "resources/pydoc-llama" / name, folder / "model" / name)
+    with (folder / "schedule.csv").open("w") as file:
+        csv.writer(file).writerows(
+            [("iteration", "dense", "mid_2_4", "topk", "dense_to_2_4", "mid_2_4_to_topk", "epochs")]
+            + [(i, *shares, "-", "-", epochs) for i, (*shares, epochs) in enumerate(ROWS, 1)]
+        )
+    (folder / "mine.yaml").write_text(yaml.safe_dump(CONFIG))
+    finished = snakemake(folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder
+
+
+def result(project, step, name="eval.json"):
+    return json.loads((project / "results" / step / name).read_text())
+
+
+@pytest.mark.parametrize(("step", "row"), [("iter1", 0), ("iter2", 1), ("oneshot/three-tier", 1)])
+@pytest.mark.parametrize("model", ["pruned_model", "finetuned_model"])
+def test_tiers_hold_in_every_matrix_of_every_checkpoint(project, step, row, model):
+    folder = project / "results" / step
+    tier_map, checkpoint = read_tier_map(folder / "tier_map.safetensors"), Checkpoint(folder / model)
+    before = read_tier_map(project / "results/iter1/tier_map.safetensors").tiers if step == "iter2" else {}
+    assert len(tier_map.tiers) == 21
+    for name, tiers in tier_map.tiers.items():
+        assert count_tiers(tiers) == tier_counts(ROWS[row][:3], tiers.numel())
+        assert violations(checkpoint.matrix(name), tiers, tier_map.block_size, tier_map.k) == 0
+        assert name not in before or (tiers >= before[name]).all()
+
+
+def test_finetuning_keeps_every_zero_and_changes_the_rest(project):
+    folder = project / "results/oneshot/three-tier"
+    pruned, finetuned = Checkpoint(folder / "pruned_model"), Checkpoint(folder / "finetuned_model")
+    tier_map = read_tier_map(folder / "tier_map.safetensors")
+    assert result(project, "oneshot/three-tier", "training.json")["best_step"] > 0
+    for name in tier_map.tiers:
+        before, after = pruned.matrix(name), finetuned.matrix(name)
+        assert not (before != after).logical_and(before == 0).any() or (tier_map.tiers[name] == 0).any()
+    before, after = pruned.matrix(name), finetuned.matrix(name)
+    assert (before != after).any()
+
+
+def test_evaluations_say_what_was_found(project):
+    found = result(project, "iter2")
+    assert found["tier_shares"].keys() == {"dense", "mid_2_4", "topk"}
+    assert found["sparsity"]["per_tier"]["mid_2_4"] == pytest.approx(0.5, abs=0.02)
+    assert found["finetuning"] == {"method": "full", "epochs": 2, "tokens": 1024}
+    assert found["perplexity"]["pydoc"]["base"] == result(project, "iter0")["perplexity"]["pydoc"]["base"]
+    assert "windows of 32 tokens" in found["protocol"] and str(project) not in json.dumps(found)
+
+
+def test_the_one_shot_run_trains_on_as_many_tokens(project):
+    tokens = [result(project, step, "training.json")["tokens"] for step in ("iter1", "iter2", "oneshot/three-tier")]
+    assert tokens[0] + tokens[1] == tokens[2] == 3 * 512
+
+
+def test_table_figures_and_report_are_there(project):
+    with (project / "results/summary.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["iter0", "iter1", "iter2", "oneshot/three-tier"]
+    assert "oneshot/three-tier" in (project / "results/summary.txt").read_text()
+    report = (project / "results/report.html").read_text()
+    assert all(name in report for name in ("perplexity", "tier_shares", "tier_maps", "training"))
+
+
+def test_a_finetuned_checkpoint_loads_as_usual(project):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = project / "results/iter2/finetuned_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model(**tokenizer("import os", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_there_is_nothing_left_to_do(project):
+    assert "Nothing to be done" in snakemake(project).stderr
+
+
+def test_the_users_model_is_linked_and_never_written_to(project):
+    files = {path.name for path in (project / "model").iterdir()}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (project / "results/iter0/model/model.safetensors").is_symlink()
+
+
+def script(name, *words):
+    return subprocess.run([sys.executable, SCRIPTS / name, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--tier-map": "results/iter1/tier_map.safetensors"}, "tier map of iteration 1, but"),
+        ({"--model": "model", "--tier-map": "results/iter2/tier_map.safetensors"}, "tier map of iteration 2, but"),
+        ({"--calibration": "results/iter2/tier_map.safetensors"}, "norms found"),
+        ({"--model": "nowhere"}, "nowhere: is not a folder"),
+        ({"--tier-map": "schedule.csv"}, "not a readable"),
+        ({"--output": "schedule.csv/scores"}, "schedule.csv"),
+    ],
+)
+def test_a_script_tells_a_mistake_in_one_line(project, change, message):
+    words = {
+        "--model": "results/iter2/finetuned_model",
+        "--calibration": "results/iter2/calibration.safetensors",
+        "--tier-map": "results/iter2/tier_map.safetensors",
+        "--output": "scores.safetensors",
+    } | change
+    finished = script("score.py", *(part for flag, path in words.items() for part in (flag, project / path)))
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr, finished.stderr
+    assert not (project / "scores.safetensors").exists()
+
+
+def test_every_script_explains_itself():
+    for path in SCRIPTS.glob("*.py"):
+        assert script(path.name, "--help").stdout.startswith("usage:"), path.name
