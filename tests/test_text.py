@@ -11,6 +11,7 @@ import datasets
 import pyarrow
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -325,6 +326,8 @@ def test_a_stream_in_pieces_is_the_stream(monkeypatch):
 
 
 def test_a_text_longer_than_the_context_is_no_reason_to_warn(caplog):
+    # Other tests silence the library.
+    transformers.logging.set_verbosity_warning()
     short = byte_tokenizer(model_max_length=4)
     library = logging.getLogger("transformers")
     library.addHandler(caplog.handler)
