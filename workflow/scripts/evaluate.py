@@ -12,10 +12,8 @@ def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
     base = json.loads(arguments.base_eval.read_text())["perplexity"]
     training = json.loads(arguments.training.read_text())
-    evaluation.describe_model(arguments.step, arguments.model_name, arguments.tier_map, arguments.pruned_model)
-    result = evaluation.describe_model(
-        arguments.step, arguments.model_name, arguments.tier_map, arguments.finetuned_model
-    )
+    evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, arguments.pruned_model)
+    result = evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, arguments.finetuned_model)
     pruned = evaluation.perplexities(arguments.pruned_model, settings)
     # Without epochs the finetuned model is the pruned one.
     finetuned = evaluation.perplexities(arguments.finetuned_model, settings) if training["epochs"] else pruned

@@ -8,7 +8,7 @@ from stepdown.files import write_json
 
 def main(arguments: argparse.Namespace) -> None:
     found = evaluation.perplexities(arguments.model, evaluation.settings_of(arguments))
-    result = evaluation.describe_model("iter0", arguments.model_name, arguments.tier_map, arguments.model)
+    result = evaluation.describe_model("iter0", arguments.model_name, arguments.masks, arguments.model)
     result["perplexity"] = {text: {"base": value} for text, value in found.items()}
     write_json(arguments.output, result | {"protocol": evaluation.protocol(evaluation.settings_of(arguments))})
 

@@ -25,9 +25,8 @@ from stepdown.recovery import (
     recover,
     training_state,
 )
+from stepdown.step_masks import StepMasks, read_step_masks
 from stepdown.text import parse_text, training_windows
-from stepdown.tier_maps import TierMap, check_same_model, read_tier_map
-from stepdown.tiers import keep_mask
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32
@@ -35,28 +34,27 @@ EVALUATION_WINDOWS = 32
 
 def main(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
-    tier_map = read_tier_map(arguments.tier_map)
     checkpoint = Checkpoint(arguments.model)
-    check_same_model(tier_map, arguments.tier_map, checkpoint)
+    step = read_step_masks(arguments.masks, checkpoint)
     if arguments.epochs == 0:
         pass_on_checkpoint(arguments.model, arguments.output_model)
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
     device = _device(arguments.device)
-    windows, evaluation_windows = _read_text(arguments, tier_map.iteration)
+    windows, evaluation_windows = _read_text(arguments, step.iteration)
     if arguments.tokens_per_epoch is not None:
         settings = replace(settings, epochs=1)  # The windows are those of all epochs.
-    inputs = [arguments.tier_map, arguments.model / "config.json", *weight_files(arguments.model)]
+    inputs = [arguments.masks, arguments.model / "config.json", *weight_files(arguments.model)]
     started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
         )
         stored = _stored_names(model, checkpoint)
-        masks = _keep_masks(model, tier_map, stored)
+        masks = _keep_masks(model, step, stored)
         recovery = recover(model, masks, windows, evaluation_windows, settings, state, device)
-        _save(recovery, tier_map, stored, arguments.model, arguments.output_model)
+        _save(recovery, step.identity, stored, arguments.model, arguments.output_model)
         _write_log(
             arguments,
             epochs=arguments.epochs,
@@ -84,17 +82,17 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
 
 
-def _keep_masks(model: PreTrainedModel, tier_map: TierMap, stored: dict[str, str]) -> dict[str, Tensor]:
-    """Masks by the model's own names of its linears; the tier map has those of the checkpoint."""
+def _keep_masks(model: PreTrainedModel, step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
+    """Masks by the model's own names of its linears; the step has those of the checkpoint."""
     own = {name: own_name for own_name, name in stored.items()}
     masks = {}
-    for name, tiers in tier_map.tiers.items():
+    for name in step.matrices:
         linear = own[f"{name}.weight"].removesuffix(".weight")
-        masks[linear] = keep_mask(model.get_submodule(linear).weight.detach(), tiers, tier_map.block_size)
+        masks[linear] = step.keep(name, model.get_submodule(linear).weight.detach())
     return masks
 
 
-def _save(recovery: Recovery, tier_map: TierMap, stored: dict[str, str], pruned: Path, target: Path) -> None:
+def _save(recovery: Recovery, identity: dict[str, str], stored: dict[str, str], pruned: Path, target: Path) -> None:
     """Write the finetuned checkpoint with the names and types of the pruned one, or pass that on if it was better."""
     losses = recovery.evaluations
     if recovery.best_step == 0:
@@ -110,7 +108,7 @@ def _save(recovery: Recovery, tier_map: TierMap, stored: dict[str, str], pruned:
         # What the model does not hold, such as a buffer of an older release, stays as it was.
         tensors.update({name: weights[name].cpu() for name in tensors if name in weights})
 
-    rewrite_checkpoint(pruned, target, finetune, tier_map.identity)
+    rewrite_checkpoint(pruned, target, finetune, identity)
 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -145,7 +143,7 @@ def _quiet_libraries() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_model_arguments(parser)
-    parser.add_argument("--tier-map", type=Path, required=True)
+    parser.add_argument("--masks", type=Path, required=True, help="tier map, or the report of a one-shot run")
     parser.add_argument("--step", required=True, help="name of the step in the log, such as iter3")
     parser.add_argument("--text", required=True, help="corpus by name or path")
     parser.add_argument("--sequence-length", type=int, required=True, help="tokens of a window")

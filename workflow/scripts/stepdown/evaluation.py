@@ -11,6 +11,7 @@ from .checkpoint import Checkpoint
 from .decoder import open_decoder
 from .perplexity import describe_protocol, perplexity
 from .preflight import check_length
+from .pruning_reports import describe_checkpoint
 from .text import consecutive_windows, describe, label, load_documents, parse_text, token_stream
 from .tier_maps import TierMap, block_counts, check_same_model, check_zeros, read_tier_map, tier_shares
 from .tiers import TIER_NAMES
@@ -46,6 +47,8 @@ def perplexities(folder: Path | str, settings: Settings) -> dict[str, float]:
 
 def describe_model(step: str, model_name: str, map_path: Path, folder: Path) -> dict:
     """What the weights show: sparsity, tiers. Raises `UserError` when a matrix is denser than its tiers allow."""
+    if map_path.suffix == ".json":
+        return describe_checkpoint(step, model_name, map_path, folder)
     tier_map, checkpoint = read_tier_map(map_path), Checkpoint(folder)
     check_same_model(tier_map, map_path, checkpoint)
     counts = block_counts(tier_map)
@@ -91,7 +94,7 @@ def protocol(settings: Settings) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What both evaluation scripts ask for."""
-    parser.add_argument("--tier-map", type=Path, required=True, help="tier map of the model")
+    parser.add_argument("--masks", type=Path, required=True, help="tier map, or a one-shot report")
     parser.add_argument("--model-name", required=True, help="what the result calls the base model")
     parser.add_argument("--text", nargs="+", default=["pydoc"], help="corpus names, paths, or JSON of paths per split")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")

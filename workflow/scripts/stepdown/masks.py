@@ -1,11 +1,20 @@
-"""Keep masks from a metric. Ties keep the earlier position, so the same metric always gives the same mask.
+"""Keep masks from a metric. Ties are settled by position, so the same metric always gives the same mask.
 
 An entry whose metric is -inf is not there (padding at a ragged edge): it is never kept, and its group keeps less.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+# Rows are worked through in strips of about this many entries, which stay in the cache.
+STRIP_ENTRIES = 1 << 20
+# Groups up to this size are ordered by comparing all pairs.
+PAIRWISE = 16
 
 
 def keep_n_of_m(metric: Tensor, n: int, m: int) -> Tensor:
@@ -13,8 +22,21 @@ def keep_n_of_m(metric: Tensor, n: int, m: int) -> Tensor:
 
     metric: [..., in]; returns bool [..., in]. A group with r < m entries (the ragged tail) keeps ceil(r * n / m).
     """
+    keep = torch.empty(metric.shape, dtype=torch.bool, device=metric.device)
+    for rows, kept in zip(*_strips(metric, keep), strict=True):
+        kept.copy_(_keep_n_of_m(rows, n, m))
+    return keep
+
+
+def _keep_n_of_m(metric: Tensor, n: int, m: int) -> Tensor:
+    """`keep_n_of_m` of a strip, [rows, in]."""
     length = metric.shape[-1]
     groups = (pad(metric, (0, -length % m), value=-torch.inf) if length % m else metric).unflatten(-1, (-1, m))
+    if m > PAIRWISE:
+        rows = groups.flatten(0, -2)
+        there = rows > -torch.inf
+        keep = keep_top_k(rows, ((there.sum(-1) * n + m - 1) // m).clamp(min=1)) & there
+        return keep.view_as(groups).flatten(-2)[..., :length]
     columns = groups.unbind(-1)
     # How many of its group an entry loses to; of two equals the earlier wins. For small m this beats any sort.
     losses = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in range(m)]
@@ -50,3 +72,56 @@ def keep_top_k(metric: Tensor, k: Tensor) -> Tensor:
         room = (k[crowded] - above.sum(-1))[:, None]
         keep[crowded] = above | (equal & (equal.cumsum(-1) <= room))
     return keep
+
+
+def keep_all_but_smallest(metric: Tensor, count: int) -> Tensor:
+    """Drop the `count` smallest entries of each row; of equals the earlier go, as a stable ascending sort has it.
+
+    metric: float32 [rows, in], 0 <= count <= in; returns bool [rows, in].
+    """
+    keep = torch.ones_like(metric, dtype=torch.bool)
+    if count > 0:
+        # numpy selects on one thread, where torch would on all it has.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(_drop_smallest_, *_strips(metric, keep), repeat(count)))
+    return keep
+
+
+def keep_above_rank(metric: Tensor, rank: int) -> Tensor:
+    """Keep what is larger than entry number `rank` of all entries in ascending order, counted from 0.
+
+    metric: float32, any shape; returns bool of that shape: `rank` + 1 entries go, and with them what equals the last.
+    """
+    return metric > kth_smallest(metric.reshape(1, -1), rank + 1)
+
+
+def count_zeros(weight: Tensor) -> int:
+    """Entries that are zero; where many are, five times as fast as `count_nonzero` of the weight itself."""
+    return int((weight == 0).count_nonzero())
+
+
+def kth_smallest(metric: Tensor, k: int) -> Tensor:
+    """The `k`-th smallest entry of each row, counted from 1: float32 [rows, in] -> [rows, 1]."""
+    if metric.device.type != "cpu":
+        return metric.kthvalue(k, dim=-1, keepdim=True).values
+    # numpy selects with vector instructions: three times as fast as torch.kthvalue, ten times as fast as a sort.
+    return torch.from_numpy(np.partition(metric.numpy(), k - 1, axis=-1)[:, k - 1 : k].copy())
+
+
+def _drop_smallest_(metric: Tensor, keep: Tensor, count: int) -> None:
+    """`keep_all_but_smallest` into `keep`, which is a part of the whole mask."""
+    threshold = kth_smallest(metric, count)
+    torch.gt(metric, threshold, out=keep)
+    if keep.count_nonzero() == len(keep) * (keep.shape[-1] - count):
+        return
+    # Several entries share the threshold: the earlier ones take the places that the smaller ones leave.
+    below, equal = metric < threshold, metric == threshold
+    places = count - below.sum(-1, keepdim=True)
+    torch.logical_not(below | (equal & (equal.cumsum(-1) <= places)), out=keep)
+
+
+def _strips(metric: Tensor, keep: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A metric and its mask [..., in] cut into strips [rows, in]; what is made of a strip stays in the cache."""
+    metric, keep = (whole.reshape(-1, whole.shape[-1]) for whole in (metric, keep))
+    rows = max(1, STRIP_ENTRIES // metric.shape[-1])
+    return metric.split(rows), keep.split(rows)

@@ -1,0 +1,90 @@
+"""Prune a model in one shot, by the method and pattern its run is named after, such as wanda-2of4."""
+
+import argparse
+import json
+from fractions import Fraction
+from pathlib import Path
+
+from stepdown import cli
+from stepdown.decoder import open_decoder
+from stepdown.errors import UserError
+from stepdown.files import write_json
+from stepdown.layer_sparsity import LayerOptions
+from stepdown.methods import load_method, method_names
+from stepdown.oneshot import prune_checkpoint
+from stepdown.patterns import TierOptions
+from stepdown.preflight import check_length
+from stepdown.runs import FORM, PATTERNS, parse_run
+from stepdown.saliency import SELECTIONS
+from stepdown.text import calibration_windows, describe, parse_text
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    run = parse_run(arguments.run, method_names())
+    load_method(run.method)
+    text = parse_text(arguments.text)
+    check_length("--sequence-length", arguments.sequence_length, arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
+    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code)
+    report = prune_checkpoint(
+        decoder, run, windows, arguments.batch_size, arguments.output_model, _tiers(arguments), _layers(arguments)
+    )
+    calibration = {key: getattr(arguments, key) for key in ("samples", "sequence_length", "seed")}
+    write_json(arguments.output_report, report | {"calibration": {"text": describe(text, "train"), **calibration}})
+    cli.log.info("%s: sparsity %.4f", run.name, report["sparsity"]["achieved"])
+
+
+def _tiers(arguments: argparse.Namespace) -> TierOptions:
+    return TierOptions(
+        block_size=arguments.block_size,
+        k=arguments.k,
+        shares=tuple(arguments.shares),
+        top=Fraction(arguments.top_blocks),
+        threshold=arguments.threshold,
+        selection=arguments.selection,
+    )
+
+
+def _layers(arguments: argparse.Namespace) -> LayerOptions:
+    try:
+        table = json.loads(arguments.layer_sparsity)
+    except ValueError as error:
+        raise UserError(f'--layer-sparsity: not JSON ({error}); write such as {{"layers.0-5": 0.3}}') from None
+    return LayerOptions(arguments.owl_lambda, arguments.owl_m, table, arguments.meet_overall)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help=f"{FORM}; patterns: {', '.join(PATTERNS)}")
+    cli.add_model_arguments(parser)
+    parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
+    parser.add_argument("--samples", type=int, default=128, help="windows of text (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    tiers = parser.add_argument_group("three-tier and hybrid")
+    tiers.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")
+    tiers.add_argument("--k", type=int, default=10, help="weights kept in a TopK block (default: %(default)s)")
+    tiers.add_argument("--shares", nargs=3, default=["0.35", "0.45", "0.2"], help="of dense, 2:4 and TopK blocks")
+    tiers.add_argument(
+        "--top-blocks", default="0.6", help="share of blocks above TopK in hybrid (default: %(default)s)"
+    )
+    tiers.add_argument(
+        "--threshold", type=float, default=0.8, help="of its metric that 2:4 must leave a block in hybrid"
+    )
+    tiers.add_argument("--selection", choices=SELECTIONS, default="wanda", help="what decides inside a block")
+    layers = parser.add_argument_group("-owl and -table")
+    layers.add_argument("--owl-lambda", type=float, default=0.08, help="reach around the mean (default: %(default)s)")
+    layers.add_argument("--owl-m", type=float, default=5.0, help="an outlier is above M times the mean (default: 5)")
+    layers.add_argument("--layer-sparsity", default="{}", help="JSON: pattern of names -> sparsity")
+    layers.add_argument("--meet-overall", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output-model", type=Path, required=True, help="folder of the pruned checkpoint")
+    parser.add_argument("--output-report", type=Path, required=True, help="JSON: what came of every matrix")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, _parser())
