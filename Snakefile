@@ -18,17 +18,18 @@ include: "workflow/rules/common.smk"
 
 
 wildcard_constraints:
-    step=r"iter[1-9]\d*|oneshot/three-tier",
+    step=r"iter[1-9]\d*|oneshot/[^/]+",
 
 
 rule all:
     default_target: True
     input:
-        expand("results/{step}/eval.json", step=STEPS),
+        expand("results/{step}/eval.json", step=[*STEPS, *RUNS]),
         "results/summary.csv",
         "results/report.html",
 
 
 include: "workflow/rules/progressive.smk"
+include: "workflow/rules/oneshot.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"

@@ -441,7 +441,7 @@ def tiers_of(folder: Path) -> TierMap:
 def command(folder: Path, **changed) -> list[str]:
     options = {
         "model": folder / "pruned_model",
-        "tier-map": folder / "tier_map.safetensors",
+        "masks": folder / "tier_map.safetensors",
         "step": "iter1",
         "text": folder / "text.txt",
         "sequence-length": 16,

@@ -17,18 +17,23 @@ SCRIPTS = Path(os.path.relpath(ROOT / "workflow/scripts"))
 sys.path.append(str(SCRIPTS))
 
 from stepdown.errors import UserError
+from stepdown.methods import method_names
 from stepdown.preflight import SPLITS_READ, check_inputs, complete_config, local_model, text_files
+from stepdown.runs import parse_run
 from stepdown.schedule import one_shot, read_schedule
 
 try:
     config.update(complete_config(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())))
     SCHEDULE = read_schedule(config["schedule"])
     check_inputs(config)
+    # Steps without a tier map, each pruned by the method and pattern of its name.
+    RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
 except (UserError, OSError) as error:
     # The one way out of a Snakefile that prints the line and nothing else.
     raise SystemExit(f"error: {error}")
 
-STEPS = [f"iter{row.iteration}" for row in SCHEDULE] + [f"oneshot/{name}" for name in config["oneshot"]]
+STEPS = [f"iter{row.iteration}" for row in SCHEDULE]
+STEPS += [f"oneshot/{name}" for name in config["oneshot"] if name == "three-tier"]
 
 EVALS = expand("results/{step}/eval.json", step=["iter0", *STEPS])
 TRAINING = expand("results/{step}/training.json", step=STEPS)
@@ -88,6 +93,29 @@ def model_ready(step):
 
 def tier_map(step):
     return f"results/{step}/tier_map.safetensors"
+
+
+def is_run(step):
+    """Whether a step is pruned by what its name says; the iterations and oneshot/three-tier go by the schedule."""
+    return step.startswith("oneshot/") and step != "oneshot/three-tier"
+
+
+def run_of(step):
+    """What the name of a one-shot run asks for."""
+    try:
+        return parse_run(step.removeprefix("oneshot/"), method_names())
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+
+
+def masks(step):
+    """The file that says what must stay zero in a step's checkpoint: its tier map, or the report of a run."""
+    return f"results/{step}/pruning.json" if is_run(step) else tier_map(step)
+
+
+def epochs(step):
+    """Epochs of finetuning after a step."""
+    return config["oneshot_epochs"] if is_run(step) else row(step).epochs
 
 
 # --- what reruns a rule ----------------------------------------------------------------------------------------------
@@ -187,6 +215,22 @@ def flags(options):
 def section_flags(section, *left_out):
     """The numbers and choices of a section of the configuration as flags; its texts have a form of their own."""
     return flags({key: value for key, value in config[section].items() if key not in ("text", "texts", *left_out)})
+
+
+def tier_options(step):
+    """What a one-shot run with tiers is told of them: the shares of the last row, and the section `pruning`."""
+    if run_of(step).pattern not in ("three-tier", "hybrid"):
+        return []
+    last = row(step)
+    return flags({"shares": [last.dense, last.mid_2_4, last.topk], **config["pruning"]})
+
+
+def layer_options(step):
+    """What a one-shot run is told of sparsity by layer, where its name asks for it."""
+    if run_of(step).layers == "uniform":
+        return []
+    section = config["layer_sparsity"]
+    return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
 
 
 def recovery_flags():

@@ -30,7 +30,7 @@ rule evaluate_base:
     message:
         "iter0: evaluating the base model"
     shell:
-        "python {params.script} --model {params.folder} --tier-map {input.tier_map} --model-name {params.name:q}"
+        "python {params.script} --model {params.folder} --masks {input.tier_map} --model-name {params.name:q}"
         " --text {params.texts:q} {params.options} --device {params.device} {params.trust} --output {output} --log {log}"
 
 
@@ -38,7 +38,7 @@ rule evaluate:
     input:
         pruned="results/{step}/pruned_model/model.safetensors.index.json",
         finetuned="results/{step}/finetuned_model/model.safetensors.index.json",
-        tier_map="results/{step}/tier_map.safetensors",
+        masks=lambda wildcards: masks(wildcards.step),
         training="results/{step}/training.json",
         base="results/iter0/eval.json",
     output:
@@ -69,6 +69,6 @@ rule evaluate:
         "{wildcards.step}: evaluating the pruned and the finetuned model"
     shell:
         "python {params.script} --pruned-model {params.pruned} --finetuned-model {params.finetuned}"
-        " --tier-map {input.tier_map} --training {input.training} --base-eval {input.base}"
+        " --masks {input.masks} --training {input.training} --base-eval {input.base}"
         " --step {wildcards.step} --model-name {params.name:q} --text {params.texts:q} {params.options}"
         " --device {params.device} {params.trust} --output {output} --log {log}"

@@ -103,6 +103,8 @@ rule degrade_dense_to_2_4:
         "results/logs/{step}/degrade_dense_to_2_4.log",
     benchmark:
         "results/benchmarks/{step}/degrade_dense_to_2_4.jsonl"
+    wildcard_constraints:
+        step=r"iter[1-9]\d*|oneshot/three-tier",
     conda:
         "../envs/prune.yaml"
     resources:
@@ -135,6 +137,8 @@ rule degrade_2_4_to_topk:
         "results/logs/{step}/degrade_2_4_to_topk.log",
     benchmark:
         "results/benchmarks/{step}/degrade_2_4_to_topk.jsonl"
+    wildcard_constraints:
+        step=r"iter[1-9]\d*|oneshot/three-tier",
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -158,7 +162,7 @@ rule degrade_2_4_to_topk:
 rule finetune:
     input:
         model="results/{step}/pruned_model/model.safetensors.index.json",
-        tier_map="results/{step}/tier_map.safetensors",
+        masks=lambda wildcards: masks(wildcards.step),
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",
@@ -178,7 +182,7 @@ rule finetune:
         code=code_hash("finetune.py"),
         pruned=subpath(input.model, parent=True),
         finetuned=subpath(output.model, parent=True),
-        epochs=lambda wildcards: row(wildcards.step).epochs,
+        epochs=lambda wildcards: epochs(wildcards.step),
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
         options=recovery_flags(),
@@ -189,7 +193,7 @@ rule finetune:
         "{wildcards.step}: finetuning, {params.epochs} epochs"
     # The state of a training that was interrupted stands beside the outputs, which Snakemake deletes before it starts again.
     shell:
-        "python {params.script} --model {params.pruned} --tier-map {input.tier_map} --step {wildcards.step}"
+        "python {params.script} --model {params.pruned} --masks {input.masks} --step {wildcards.step}"
         " --epochs {params.epochs} --text {params.text:q} {params.options:q} --seed {params.seed}"
         " --device {params.device} {params.trust} --state results/state/{wildcards.step}"
         " --output-model {params.finetuned} --output-log {output.training} --log {log}"
