@@ -7,6 +7,7 @@ import torch
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = SIZES | {"intermediate_size": 72, "num_key_value_heads": 2, "max_position_embeddings": 64}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 
 FAMILIES = {
     "llama": ("LlamaConfig", GATED),
@@ -15,13 +16,17 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", GATED | {"head_dim": 12}),
     "opt": ("OPTConfig", SIZES | {"ffn_dim": 72, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
     "gpt_neox": ("GPTNeoXConfig", SIZES | {"intermediate_size": 72, "max_position_embeddings": 64}),
+    "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}),
+    "mixtral": ("MixtralConfig", GATED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", GATED | EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3MoeConfig", GATED | EXPERTS | {"head_dim": 12}),
     # Not asked for by name: a family whose layers return tuples, and one with two kinds of attention mask.
     "bloom": ("BloomConfig", SIZES),
     "gemma2": ("Gemma2Config", GATED | {"head_dim": 12, "sliding_window": 8}),
 }
 
 
-def make_model(family: str, folder: Path, seed: int = 0, **changes: object) -> Path:
+def make_model(family: str, folder: Path, seed: int = 0, dtype: str = "float32", **changes: object) -> Path:
     """Save a random model of the family into `folder`; returns the folder."""
     import transformers
 
@@ -35,7 +40,7 @@ def make_model(family: str, folder: Path, seed: int = 0, **changes: object) -> P
     # Larger than the usual initial weights, so that mistakes show in the logits.
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0, 0.1)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

@@ -39,20 +39,41 @@ def test_logits_are_the_models_own(folder, tokens):
             torch.testing.assert_close(logits, load(folder)(batch).logits, rtol=0, atol=1e-6)
 
 
+def routed(fused, hidden, index, _weights):
+    """What each linear of fused experts is given: stored name within the experts -> inputs [tokens, in]."""
+    gate, up, down = ("w1", "w3", "w2") if "Mixtral" in type(fused).__name__ else ("gate_proj", "up_proj", "down_proj")
+    for number in range(len(fused.gate_up_proj)):
+        seen = hidden[(index == number).any(-1)]
+        gated, lifted = (seen @ fused.gate_up_proj[number].T).chunk(2, dim=-1)
+        yield from ((f"{number}.{name}", seen) for name in (gate, up))
+        yield f"{number}.{down}", fused.act_fn(gated) * lifted
+
+
 def test_calibration_is_what_hooks_on_the_whole_model_see(folder, tokens):
     model, sums = load(folder), {}
 
-    def hook(name):
-        def add(_, inputs):
-            sums[name] = sums.get(name, 0) + inputs[0].double().square().flatten(0, -2).sum(0)
+    def add(name, inputs):
+        sums[name] = sums.get(name, 0) + inputs.double().square().flatten(0, -2).sum(0)
 
-        return add
+    def hook(name):
+        return lambda _, inputs: add(name, inputs[0])
+
+    def hook_experts(name):
+        stored = name.replace("mlp", "block_sparse_moe") if "Mixtral" in type(model).__name__ else name
+
+        def add_all(fused, inputs):
+            for part, seen in routed(fused, *inputs):
+                add(f"{stored}.{part}", seen)
+
+        return add_all
 
     decoder = open_decoder(folder, "cpu")
-    names = {name.removesuffix(".weight") for name in model.state_dict()}
-    assert decoder.linears().keys() <= names
-    for name in decoder.linears():
-        model.get_submodule(name).register_forward_pre_hook(hook(name))
+    modules = dict(model.named_modules())
+    for name in decoder.linears().keys() & modules:
+        modules[name].register_forward_pre_hook(hook(name))
+    for name, module in modules.items():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(hook_experts(name))
     with torch.no_grad():
         model(tokens)
     norms = squared_input_norms(decoder, tokens, batch_size=2)
@@ -60,6 +81,14 @@ def test_calibration_is_what_hooks_on_the_whole_model_see(folder, tokens):
     for name, norm in norms.items():
         assert norm.dtype == torch.float32
         torch.testing.assert_close(norm.double(), sums[name] / len(tokens), rtol=1e-5, atol=1e-9)
+
+
+def test_an_expert_that_sees_no_token_goes_by_magnitude(tmp_path, tokens, caplog):
+    decoder = open_decoder(make_model("qwen2_moe", tmp_path / "model", num_experts=40), "cpu")
+    norms = squared_input_norms(decoder, tokens[:1, :4], batch_size=1)
+    unseen = [name for name in norms if f"{name} saw no token" in caplog.text]
+    assert unseen and all((norms[name] == 1).all() for name in unseen)
+    assert norms.keys() == decoder.linears().keys()
 
 
 def test_one_layer_in_memory_at_a_time(folder, tokens):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, make_model
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import prune_oneshot
 from stepdown import methods, oneshot, pruning_reports
@@ -105,10 +107,28 @@ def test_every_family(family, tmp_path):
         if linear in linears:
             assert n_of_m(2, 4).fault(after[name]) == "" and after[name].count_nonzero() == tensor.numel() / 2, name
             matrix = report["matrices"][linear]
-            assert matrix["target"] == matrix["achieved"] == 0.5 and matrix["shape"] == list(tensor.shape)
+            assert matrix["target"] == matrix["achieved"] == 0.5 and matrix["shape"] == list(after[name].shape)
         else:
             assert torch.equal(after[name], tensor), name
-    AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")(TOKENS[:1])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    matrices = list(as_it_computes(model))
+    assert sum(weight.numel() for weight in matrices) == sum(before[f"{name}.weight"].numel() for name in linears)
+    assert all(n_of_m(2, 4).fault(weight) == "" for weight in matrices)
+    with torch.no_grad():
+        losses = window_losses(open_decoder(tmp_path / "pruned", "cpu"), TOKENS, 2)
+        torch.testing.assert_close(losses[0].item(), model(TOKENS[:1], labels=TOKENS[:1]).loss.item())
+
+
+def as_it_computes(model):
+    """Every matrix [out, in] of the decoder layers of a Hugging Face model, whatever form it has there."""
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            yield module.weight.T
+        elif isinstance(module, nn.Linear) and "." in name and any(part.isdigit() for part in name.split(".")):
+            yield module.weight
+        elif name.endswith(".experts"):
+            for fused in (module.gate_up_proj, module.down_proj):
+                yield from fused
 
 
 # --- how it goes about it --------------------------------------------------------------------------------------------

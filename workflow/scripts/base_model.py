@@ -6,16 +6,17 @@ import shutil
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint
+from stepdown.checkpoint import Checkpoint, side_files, write_base_index
 from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
-from stepdown.files import weight_files
+from stepdown.files import INDEX_NAME, weight_files
+from stepdown.linears import FUSED
 from stepdown.tier_maps import dense_tier_map, write_tier_map
 
 
 def main(arguments: argparse.Namespace) -> None:
     source = local_folder(arguments.model, arguments.revision)
-    if has_only_pickles(source):
+    if has_only_pickles(source) or has_fused_experts(source):
         convert(source, arguments.output_model, arguments.trust_remote_code)
     else:
         weight_files(source)
@@ -23,7 +24,8 @@ def main(arguments: argparse.Namespace) -> None:
     decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
     cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
-    base_model = Checkpoint(arguments.output_model).content_hash()
+    write_base_index(decoder.checkpoint)
+    base_model = decoder.checkpoint.identity()["base_model"]
     write_tier_map(dense_tier_map(shapes, arguments.block_size, arguments.k, base_model), arguments.output_tier_map)
 
 
@@ -49,26 +51,37 @@ def has_only_pickles(folder: Path) -> bool:
     return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
 
 
+def has_fused_experts(folder: Path) -> bool:
+    """Whether experts are stored as 3-D parameters, not one by one as their families are published."""
+    return any(name.rpartition(".")[2] in FUSED for name in Checkpoint(folder).names)
+
+
 def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
-    """A folder of pickled weights, loaded as weights only, as a folder of safetensors."""
+    """Save a model the way its family is published: in safetensors, experts one by one. Pickles are loaded as weights
+    only."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
     shutil.rmtree(target, ignore_errors=True)
+    # Otherwise it would be saved the way it was found.
+    model._weight_conversions = None
     model.save_pretrained(target)
-    for file in source.iterdir():
-        if file.suffix != ".bin" and not file.name.endswith(".index.json") and not (target / file.name).exists():
+    for file in side_files(source):
+        if not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 
 
 def link_files(source: Path, target: Path) -> None:
-    """A folder of links to the files of another: nothing is copied, and the user's folder is never written to."""
+    """A folder of links to the files of another: nothing is copied, and the user's folder is never written to.
+
+    Only an index of the weights is not linked: a base model is given its own.
+    """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     # Links stay right when the project is moved with the model inside it.
     inside = source.resolve().is_relative_to(Path.cwd())
     for file in source.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != INDEX_NAME:
             to = os.path.relpath(file.resolve(), target.resolve()) if inside else file.resolve()
             (target / file.name).symlink_to(to)
 

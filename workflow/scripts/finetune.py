@@ -15,6 +15,7 @@ from stepdown.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoi
 from stepdown.decoder import choose_device, stored_names
 from stepdown.errors import UserError
 from stepdown.files import weight_files, write_json
+from stepdown.linears import as_linears_
 from stepdown.preflight import check_length
 from stepdown.recovery import (
     LEARNING_RATE_SCHEDULES,
@@ -51,6 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
         )
+        as_linears_(model)
         stored = _stored_names(model, checkpoint)
         masks = _keep_masks(model, step, stored)
         recovery = recover(model, masks, windows, evaluation_windows, settings, state, device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_tensors
+from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
 from .tier_maps import TierMap
@@ -17,6 +18,7 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     """Per linear, the mean over samples of the squared inputs summed over a sample's tokens: float32 [in].
 
     s_j = 1/n * sum over n samples of sum over tokens of x_j^2 (Wanda's scaler_row). windows: int64 [samples, tokens].
+    A linear that saw no token, such as an expert that none was routed to, gets ones: Wanda is then magnitude.
     Raises `UserError` naming the linear whose inputs are not finite.
     """
     walk = LayerWalk(decoder, list(windows.split(batch_size)))
@@ -26,10 +28,13 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
         linears = {name_of[module]: module for module in layer.modules() if module in name_of}
         with accumulating_squares(linears) as sums:
             replay()
-        for name, total in sums.items():
-            if not total.isfinite().all():
+        for name, linear in linears.items():
+            if name not in sums:
+                log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
+                sums[name] = torch.full((linear.in_features,), float(len(windows)))
+            if not sums[name].isfinite().all():
                 raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
-            norms[name] = (total / len(windows)).cpu()
+            norms[name] = (sums[name] / len(windows)).cpu()
     return norms
 
 

@@ -22,9 +22,10 @@ CHUNK_BYTES = 1 << 24
 
 
 class Checkpoint:
-    """The weights of a folder, read when asked for.
+    """The weights of a folder, read when asked for; every matrix [out, in], also one that is stored transposed.
 
-    Raises `UserError` when the folder holds no safetensors weights or a file is truncated.
+    transposed: names of those that are, as the index of a folder of ours says; of another origin, only the model can
+    tell. Raises `UserError` when the folder holds no safetensors weights or a file is truncated.
     """
 
     def __init__(self, folder: Path | str):
@@ -35,6 +36,7 @@ class Checkpoint:
             header, _ = safetensors_header(file)
             self._headers[file] = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self._file_of.update(dict.fromkeys(self._headers[file], file))
+        self.transposed = frozenset(_index_metadata(self.folder).get("transposed", ()))
 
     @property
     def names(self) -> list[str]:
@@ -45,7 +47,8 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
-        return tuple(self._headers[self._file_of[name]][name]["shape"])
+        shape = self._headers[self._file_of[name]][name]["shape"]
+        return tuple(reversed(shape) if name in self.transposed else shape)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
@@ -59,7 +62,8 @@ class Checkpoint:
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in wanted:
-                        found[name] = opened.get_tensor(name).clone()
+                        tensor = opened.get_tensor(name)
+                        found[name] = tensor.T.contiguous() if name in self.transposed else tensor.clone()
             except SafetensorError as error:
                 raise UserError(
                     f"{file}: not a readable safetensors file ({error}); copy or download it again"
@@ -90,12 +94,13 @@ class Checkpoint:
 
     def identity(self) -> dict[str, str]:
         """What the checkpoint says it is: `base_model` and `iteration`; a folder of other origin is its own base."""
-        index = self.folder / INDEX_NAME
-        if index.exists():
-            metadata = json.loads(index.read_text()).get("metadata", {})
-            if "stepdown" in metadata:
-                return metadata["stepdown"]
-        return {"base_model": self.content_hash(), "iteration": "0"}
+        known = _index_metadata(self.folder).get("stepdown")
+        return known or {"base_model": self.content_hash(), "iteration": "0"}
+
+
+def _index_metadata(folder: Path) -> dict:
+    index = folder / INDEX_NAME
+    return json.loads(index.read_text()).get("metadata", {}) if index.exists() else {}
 
 
 def shard_of(name: str) -> str:
@@ -106,7 +111,7 @@ def shard_of(name: str) -> str:
 
 
 def rewrite_checkpoint(
-    source: Path | str,
+    source: Checkpoint | Path | str,
     target: Path | str,
     change: Callable[[dict[str, Tensor]], None],
     identity: dict[str, str],
@@ -117,29 +122,49 @@ def rewrite_checkpoint(
     `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
     Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
     """
-    checkpoint = Checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     target = Path(target)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _copy_side_files(checkpoint.folder, partial)
+        for file in side_files(checkpoint.folder):
+            shutil.copyfile(file, partial / file.name)
         weight_map, total_size = {}, 0
         for shard, names in progress(checkpoint.shards().items(), description):
             tensors = checkpoint.tensors(names)
             types = {name: tensor.dtype for name, tensor in tensors.items()}
             change(tensors)
             tensors = {name: tensors[name].to(types[name]) for name in names}
+            tensors |= {name: tensors[name].T for name in checkpoint.transposed.intersection(names)}
             save_tensors(tensors, partial / f"{shard}.safetensors", {"format": "pt"})
             weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total_size, "stepdown": identity}, "weight_map": weight_map}
-        atomic_write(partial / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(partial, weight_map, total_size, identity, checkpoint.transposed)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_base_index(checkpoint: Checkpoint) -> None:
+    """Write into the folder of a base model what only reading all its weights, or building the model, can tell."""
+    weight_map, total_size = {}, 0
+    for file in weight_files(checkpoint.folder):
+        header, start = safetensors_header(file)
+        weight_map.update(dict.fromkeys(header.keys() - {"__metadata__"}, file.name))
+        total_size += file.stat().st_size - start
+    write_index(checkpoint.folder, weight_map, total_size, checkpoint.identity(), checkpoint.transposed)
+
+
+def write_index(
+    folder: Path, weight_map: dict[str, str], total_size: int, identity: dict[str, str], transposed: Iterable[str]
+) -> None:
+    """The index of a checkpoint as Hugging Face has it, and in its metadata what we know of the weights."""
+    metadata = {"total_size": total_size, "stepdown": identity, "transposed": sorted(transposed)}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+    atomic_write(folder / INDEX_NAME, text + "\n")
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
@@ -163,11 +188,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copy_side_files(source: Path, target: Path) -> None:
-    for file in sorted(source.iterdir()):
-        is_index = file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in SIDE_FILES and not is_index:
-            shutil.copyfile(file, target / file.name)
+def side_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are neither weights nor their index: configuration, tokenizer, code."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in SIDE_FILES)
+    return [file for file in files if not file.name.endswith(".index.json")]
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:

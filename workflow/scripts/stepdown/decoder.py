@@ -5,6 +5,7 @@ One forward pass in which every layer only passes its input on records what each
 ...); the layers are then replayed one by one. Nothing here knows a model family.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .checkpoint import Checkpoint
 from .cli import progress
 from .errors import UserError
+from .linears import FUSED, as_linears_, fused_names
 
 
 @dataclass
@@ -57,13 +59,16 @@ def open_decoder(folder: Path | str, device: str = "auto", trust_remote_code: bo
     """
     checkpoint = Checkpoint(folder)
     model = build_empty(folder, trust_remote_code).eval()
+    transposed = as_linears_(model)
     target = choose_device(device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(target)
     dtype = getattr(model.config, "dtype", None) or model.dtype
-    decoder = Decoder(model, _find_layers(model, folder), dtype, target, checkpoint, stored_names(model, checkpoint))
+    stored = stored_names(model, checkpoint)
+    checkpoint.transposed = frozenset(stored[f"{name}.weight"] for name in transposed if f"{name}.weight" in stored)
+    decoder = Decoder(model, _find_layers(model, folder), dtype, target, checkpoint, stored)
     if not decoder.linears():
         raise UserError(f"{folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
     return decoder
@@ -89,6 +94,7 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Name of each tensor of the model -> the name it is stored under; tied weights share one.
 
     transformers renames tensors while loading: GPT-NeoX stores its head as `embed_out`, old OPT leaves out `model.`.
+    Experts are stored one by one and fused while loading; `model` has them one by one too, see `as_linears_`.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -96,11 +102,16 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    own = model.state_dict()
+    own, fused = model.state_dict(), fused_names(model)
     stored = {}
     for name in checkpoint.names:
-        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if renamed in own and not converted:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own | fused)
+        if pattern and renamed in fused:
+            converter = next(converter for converter in converters if pattern in converter.source_patterns)
+            number = re.search(r"\.experts\.(\d+)\.", name)[1]
+            part = FUSED[renamed.rpartition(".")[2]][converter.source_patterns.index(pattern)]
+            stored[f"{fused[renamed]}.{number}.{part}.weight"] = name
+        elif renamed in own and not pattern:
             stored[renamed] = name
     for name, source in model.all_tied_weights_keys.items():
         if name not in stored and source in stored:

@@ -55,7 +55,7 @@ def prune_checkpoint(
     # Layers are pruned in the order of the model and written in the order of their names, so they wait on disk.
     with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
         prune_layers(decoder, windows, batch_size, run.method, pattern_for, put_aside)
-        rewrite_checkpoint(decoder.checkpoint.folder, target, replace, identity)
+        rewrite_checkpoint(decoder.checkpoint, target, replace, identity)
     return describe_pruning(run, identity["base_model"], shapes, sparsities, zeros)
 
 
