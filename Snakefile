@@ -24,12 +24,15 @@ wildcard_constraints:
 rule all:
     default_target: True
     input:
-        expand("results/{step}/eval.json", step=[*STEPS, *RUNS]),
+        ALL_EVALS,
+        ZERO_SHOT,
         "results/summary.csv",
+        "results/compare.csv",
         "results/report.html",
 
 
 include: "workflow/rules/progressive.smk"
 include: "workflow/rules/oneshot.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/zero_shot.smk"
 include: "workflow/rules/report.smk"

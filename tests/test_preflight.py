@@ -35,8 +35,10 @@ def error_of(check, *arguments):
 
 def test_defaults_are_the_published_settings():
     config = complete({})
-    assert config["pruning"] == {"block_size": 16, "k": 10, "selection": "wanda"}
-    assert config["calibration"] == {"text": "pydoc", "samples": 128, "sequence_length": 2048, "batch_size": 1}
+    pruning, calibration = config["pruning"], config["calibration"]
+    assert (pruning["block_size"], pruning["k"], pruning["selection"]) == (16, 10, "wanda")
+    assert (pruning["top_blocks"], pruning["threshold"]) == (0.6, 0.8)
+    assert (calibration["samples"], calibration["sequence_length"], calibration["batch_size"]) == (128, 2048, 1)
     recovery = config["recovery"]
     assert (recovery["batch_size"], recovery["gradient_accumulation"], recovery["learning_rate"]) == (4, 4, 2e-5)
     assert (recovery["bf16"], recovery["evaluation_steps"], recovery["checkpoints_kept"]) == (True, 100, 2)
@@ -61,7 +63,7 @@ def test_the_readme_tells_every_key_and_its_default():
 
 def flat(section, prefix=""):
     for key, value in section.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -101,7 +103,8 @@ def yaml_text(value):
         ({"pruning": {"k": -1}}, "pruning.k: found -1"),
         ({"evaluation": {"texts": []}}, "evaluation.texts: found []"),
         ({"evaluation": {"texts": "pydoc"}}, "evaluation.texts: found 'pydoc'; write a list"),
-        ({"oneshot": ["two-tier"]}, "oneshot: found 'two-tier'; write three-tier"),
+        ({"oneshot": "wanda-2of4"}, "oneshot: found 'wanda-2of4'; write a list"),
+        ({"layer_sparsity": {"table": {"q_proj": 1}}}, "layer_sparsity.table: found {'q_proj': 1}"),
         ({"device": "gpu"}, "device: found 'gpu'; write auto or cpu or cuda"),
         ({"model": None}, "model: found nothing; write text"),
         ({"seed": "x: ["}, "seed: found 'x: ['"),

@@ -53,6 +53,7 @@ def make_step(folder, step, shares, epochs, texts, grid):
         "step": step,
         "model": "resources/pydoc-llama",
         "perplexity": dict.fromkeys(texts, perplexity),
+        "pruning": {"method": "wanda", "pattern": "three-tier", "layers": "uniform"},
         "sparsity": {"overall": sparsity},
         "tier_shares": dict(zip(summary.TIERS, shares, strict=True)),
     }
@@ -354,3 +355,90 @@ def test_captions_render_as_the_report_renders_them(name):
     html = core.publish_parts(rendered, writer="html", settings_overrides={"halt_level": 1})["html_body"]
     assert "{" not in html
     assert "someone" not in html
+
+
+# --- the comparison of all runs --------------------------------------------------------------------------------------
+
+
+def add_run(folder, name, method, pattern, sparsity, perplexity):
+    """A one-shot run without tiers and without finetuning."""
+    record = {
+        "step": name,
+        "model": "resources/pydoc-llama",
+        "pruning": {"method": method, "pattern": pattern, "layers": "uniform"},
+        "perplexity": {"pydoc": {"base": BASE, "pruned": perplexity}},
+        "sparsity": {"overall": sparsity},
+        "finetuning": {"method": "full", "epochs": 0, "tokens": 0},
+    }
+    (folder / name).mkdir(parents=True)
+    write(folder / name / "eval.json", record)
+    return folder / name / "eval.json"
+
+
+def add_benchmark(folder, step, rule, seconds, memory):
+    (folder / step).mkdir(parents=True, exist_ok=True)
+    (folder / step / f"{rule}.jsonl").write_text(json.dumps({"s": seconds, "max_rss": memory}) + "\n")
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """The files of two iterations, the three-tier run and three runs beside them, with what the jobs cost."""
+    files = make_run(tmp_path, iterations=2)
+    runs = [("wanda-2of4", "wanda", "2of4", 0.5, 30.0), ("wanda-1of4", "wanda", "1of4", 0.75, 90.0)]
+    runs += [("sparsegpt-2of4", "sparsegpt", "2of4", 0.5, 25.0)]
+    for name, *values in runs:
+        files["evals"].append(add_run(tmp_path, f"oneshot/{name}", *values))
+    for step in ("iter1", "iter2"):
+        for rule, *cost in (("calibrate", 10, 300), ("score", 1, None), ("finetune", 50, 900), ("evaluate", 9, 9999)):
+            add_benchmark(tmp_path / "benchmarks", step, rule, *cost)
+    add_benchmark(tmp_path / "benchmarks", "oneshot/three-tier", "degrade_2_4_to_topk", 2, 100)
+    add_benchmark(tmp_path / "benchmarks", "oneshot/wanda-2of4", "prune_oneshot", 7, 250)
+    return files
+
+
+def compare(folder, files, *arguments):
+    outputs = ["--output", folder / "compare.csv", "--output-figure", folder / "comparison.svg"]
+    command = [
+        sys.executable,
+        SCRIPTS / "compare.py",
+        "--evals",
+        *files["evals"],
+        "--benchmarks",
+        folder / "benchmarks",
+    ]
+    return subprocess.run([str(word) for word in [*command, *outputs, *arguments]], capture_output=True, text=True)
+
+
+def test_all_runs_are_compared(compared, tmp_path):
+    tasks = {"step": "oneshot/wanda-2of4", "tasks": {"arc": {"acc": 0.25}}}
+    write(tmp_path / "zero_shot.json", tasks)
+    finished = compare(tmp_path, compared, "--zero-shot", tmp_path / "zero_shot.json")
+    assert finished.returncode == 0, finished.stderr
+    with (tmp_path / "compare.csv").open() as file:
+        table = {row["run"]: row for row in csv.DictReader(file)}
+    assert next(iter(table)) == "iter0" and len(table) == 7
+    row = table["oneshot/wanda-2of4"]
+    assert (row["method"], row["pattern"], float(row["sparsity"])) == ("wanda", "2of4", 0.5)
+    assert float(row["perplexity_pydoc_pruned"]) == float(row["perplexity_pydoc_finetuned"]) == 30
+    assert (float(row["difference_pydoc"]), float(row["difference_percent_pydoc"])) == (10, pytest.approx(50))
+    assert (float(row["pruning_seconds"]), row["finetuning_seconds"], float(row["peak_memory_mb"])) == (7, "", 250)
+    assert float(row["arc_acc"]) == 0.25 and table["iter0"]["arc_acc"] == ""
+    # The iterations' costs add up; the three-tier run has the first iteration's statistics. Evaluating costs nobody.
+    chain, beside = table["iter2"], table["oneshot/three-tier"]
+    assert [float(chain[key]) for key in ("pruning_seconds", "finetuning_seconds", "peak_memory_mb")] == [22, 100, 900]
+    assert float(beside["pruning_seconds"]) == 13 and float(beside["peak_memory_mb"]) == 300
+    told = finished.stdout
+    assert told.index("sparsegpt-2of4") < told.index("wanda-2of4"), "best first at equal sparsity"
+    assert max(map(len, told.splitlines())) <= 120
+    assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
+
+
+def test_a_broken_file_of_the_comparison_is_named(compared, tmp_path):
+    bad = tmp_path / "benchmarks/iter1/calibrate.jsonl"
+    bad.write_text("no json")
+    finished = compare(tmp_path, compared)
+    assert finished.returncode == 1 and f"{bad}: not a benchmark file" in finished.stderr
+    add_benchmark(tmp_path / "benchmarks", "iter1", "calibrate", 1, 1)
+    write(tmp_path / "zero_shot.json", {"tasks": []})
+    finished = compare(tmp_path, compared, "--zero-shot", tmp_path / "zero_shot.json")
+    assert finished.returncode == 1 and "zero_shot.json: not the result of zero_shot.py" in finished.stderr

@@ -25,6 +25,8 @@ for flag, output in words.items():
     elif flag == "--output-folder":
         for figure in ("perplexity", "tier_shares", "tier_maps", "training"):
             Path(output, figure + ".svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    elif flag == "--output-figure":
+        Path(output).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     elif flag.startswith("--output"):
         Path(output).write_text(" ".join(sys.argv))
 print("as text")
@@ -37,7 +39,9 @@ MINE = "--configfile=mine.yaml"
 PREAMBLE = ("Using workflow specific profile", "Config file ", "Assuming ", "Building DAG")
 ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk", "finetune", "evaluate"}
 ONE_SHOT = ITERATION - {"calibrate", "score"}
-SIDE_BY_SIDE = {("", "summarize"), ("", "plot")}
+RUNS = ["oneshot/magnitude-2of4", "oneshot/wanda-2of4", "oneshot/sparsegpt-2of4"]
+RUN = {"prune_oneshot", "finetune", "evaluate"}
+SIDE_BY_SIDE = {("", "summarize"), ("", "plot"), ("", "compare")}
 
 
 class Project:
@@ -124,7 +128,26 @@ def jobs(steps, rules):
 def test_all(fresh):
     everything = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
     base = jobs(["iter0"], {"base_model", "evaluate_base"})
-    assert fresh.plan() == everything | base | SIDE_BY_SIDE
+    assert fresh.plan() == everything | jobs(RUNS, RUN) | base | SIDE_BY_SIDE
+
+
+def test_without_a_schedule_there_are_one_shot_runs_only(fresh):
+    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    sweep = "--configfile=config/sweeps/block-sizes.yaml"
+    runs = [f"oneshot/wanda-block{size}-{share}" for size in (8, 16, 32) for share in (0.3, 0.5, 0.7)]
+    assert fresh.plan(sweep) == base | jobs(runs, RUN) | SIDE_BY_SIDE
+
+
+def test_a_run_that_no_config_names_is_asked_for_by_its_file(fresh):
+    planned = fresh.plan("results/oneshot/sparsegpt-unstructured-0.7-owl/eval.json")
+    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    assert planned == base | jobs(["oneshot/sparsegpt-unstructured-0.7-owl"], RUN)
+
+
+def test_tasks_are_measured_on_every_finished_model(fresh):
+    planned = fresh.plan("--config", "zero_shot={tasks: [piqa]}")
+    steps = ["iter0", "iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier", *RUNS]
+    assert jobs(steps, {"zero_shot"}) == {job for job in planned if job[1] == "zero_shot"}
 
 
 def test_one_iteration_asks_for_those_before_it_and_no_more(fresh):
@@ -146,7 +169,7 @@ def test_a_job_has_the_machine_and_this_python(finished_once):
 
 def test_the_report_holds_the_figures(finished_once):
     page = (finished_once.folder / "results/report.html").read_text()
-    for name in ("perplexity.svg", "tier_shares.svg", "tier_maps.svg", "training.svg", "summary.csv"):
+    for name in ("perplexity.svg", "tier_shares.svg", "tier_maps.svg", "training.svg", "comparison.svg", "summary.csv"):
         assert f"results/{'' if name.endswith('csv') else 'figures/'}{name}" in page
 
 
@@ -181,7 +204,7 @@ def test_only_the_keys_a_rule_uses_rerun_it(finished_once):
     """Neither LoRA's options without LoRA nor another name of the same schedule matter."""
     shutil.copy(finished_once.folder / "config/progressive_schedule.csv", finished_once.folder / "other.csv")
     options = ("recovery={lora: {rank: 4}}", "schedule=other.csv", "evaluation={tokens: 512}")
-    evaluated = jobs(["iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier"], {"evaluate"})
+    evaluated = jobs(["iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier", *RUNS], {"evaluate"})
     assert finished_once.plan(MINE, "--config", *options) == evaluated | {("iter0", "evaluate_base")} | SIDE_BY_SIDE
 
 
@@ -214,6 +237,10 @@ def test_changed_code_reruns_what_imports_it(finished):
         (["--config", "recovery={learning_rate: 2e-5}"], "recovery.learning_rate: found '2e-5'; write 2.0e-5"),
         (["--config", "schedule=nowhere.csv"], "schedule nowhere.csv: No such file"),
         (["--config", "model=resources/pydoc-lama"], "model: no folder resources/pydoc-lama"),
+        (["--config", "oneshot=[wanda-2of4, wandaa-4of8]"], "one-shot run 'wandaa-4of8': unknown method 'wandaa'"),
+        (["results/oneshot/wanda-4of2/eval.json"], "one-shot run 'wanda-4of2': keeps 4 of each 2"),
+        (["results/oneshot/wanda-2of4-0.7/eval.json"], "2 of 4 is a sparsity of 0.5; leave 0.7 out"),
+        (["--config", "zero_shot={task_folder: nowhere}"], "zero_shot.task_folder: no folder nowhere"),
         (["results/iter6/eval.json"], "results/iter6: config/progressive_schedule.csv has 5 rows"),
     ],
 )

@@ -24,7 +24,7 @@ from stepdown.schedule import one_shot, read_schedule
 
 try:
     config.update(complete_config(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())))
-    SCHEDULE = read_schedule(config["schedule"])
+    SCHEDULE = read_schedule(config["schedule"]) if config["schedule"] else []
     check_inputs(config)
     # Steps without a tier map, each pruned by the method and pattern of its name.
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
@@ -35,7 +35,12 @@ except (UserError, OSError) as error:
 STEPS = [f"iter{row.iteration}" for row in SCHEDULE]
 STEPS += [f"oneshot/{name}" for name in config["oneshot"] if name == "three-tier"]
 
+# Of the chain and what is like it, by tiers; and of every run there is.
 EVALS = expand("results/{step}/eval.json", step=["iter0", *STEPS])
+ALL_EVALS = [*EVALS, *expand("results/{step}/eval.json", step=RUNS)]
+ZERO_SHOT = expand(
+    "results/{step}/zero_shot.json", step=["iter0", *STEPS, *RUNS] if config["zero_shot"]["tasks"] else []
+)
 TRAINING = expand("results/{step}/training.json", step=STEPS)
 TIER_MAPS = expand("results/{step}/tier_map.safetensors", step=STEPS)
 
@@ -58,6 +63,10 @@ shell.prefix('[ "$OMP_NUM_THREADS" != 1 ] || unset OMP_NUM_THREADS MKL_NUM_THREA
 
 def row(step):
     """The row of the schedule that a step follows."""
+    if not SCHEDULE:
+        raise SystemExit(
+            f"error: results/{step}: config key schedule is null; name a schedule, whose rows make its tiers"
+        )
     if step.startswith("oneshot/"):
         return one_shot(SCHEDULE)
     number = int(step.removeprefix("iter"))
@@ -176,6 +185,12 @@ def text_fingerprint(section):
     return [fingerprint(path) for text in texts(section) for path in text_files(text, SPLITS_READ[section])]
 
 
+def task_fingerprint():
+    """What the YAML files hold that describe zero-shot tasks of the user's own."""
+    folder = config["zero_shot"]["task_folder"]
+    return [fingerprint(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()] if folder else []
+
+
 # --- command lines ---------------------------------------------------------------------------------------------------
 
 # In results a model is called what the configuration calls it, but where on this machine it lies is nobody's business.
@@ -239,10 +254,10 @@ def recovery_flags():
     return section_flags("recovery", "lora") + flags({f"lora_{key}": value for key, value in lora.items()})
 
 
-def figure(name):
+def figure(name, category="Figures"):
     """A figure as an output that the report shows with its caption."""
     labels = {"figure": name.replace("_", " ")}
-    return report(f"results/figures/{name}.svg", caption=f"../report/{name}.rst", category="Figures", labels=labels)
+    return report(f"results/figures/{name}.svg", caption=f"../report/{name}.rst", category=category, labels=labels)
 
 
 def write_report(path, log, *targets):

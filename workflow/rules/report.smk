@@ -59,11 +59,42 @@ rule plot:
         " --output-folder {params.folder} --log {log}"
 
 
+rule compare:
+    input:
+        evals=ALL_EVALS,
+        zero_shot=ZERO_SHOT,
+    output:
+        table=report(
+            "results/compare.csv", caption="../report/compare.rst", category="Comparison", labels={"what": "table"}
+        ),
+        figure=figure("comparison", category="Comparison"),
+        text="results/compare.txt",
+    log:
+        "results/logs/compare.log",
+    benchmark:
+        "results/benchmarks/compare.jsonl"
+    conda:
+        "../envs/report.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        script=SCRIPTS / "compare.py",
+        code=code_hash("compare.py"),
+    message:
+        "the comparison of all runs"
+    shell:
+        "python {params.script} --evals {input.evals} --zero-shot {input.zero_shot} --benchmarks results/benchmarks"
+        " --output {output.table} --output-figure {output.figure} --log {log} > {output.text}"
+
+
 # No environment of its own: the Snakemake that runs the workflow is the one that knows what to report.
 rule html_report:
     input:
         rules.summarize.output.table,
         rules.plot.output,
+        rules.compare.output.table,
+        rules.compare.output.figure,
     output:
         "results/report.html",
     log:

@@ -39,6 +39,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
+def add_hidden_states_argument(parser: argparse.ArgumentParser) -> None:
+    """For what walks a model layer by layer."""
+    help = "where hidden states wait between two layers (default: %(default)s)"
+    parser.add_argument("--hidden-states", choices=("device", "cpu"), default="device", help=help)
+
+
 def progress(items: Iterable, description: str, total: int | None = None) -> Iterable:
     """A progress bar on stderr, silent when stderr is not a terminal."""
     from tqdm import tqdm

@@ -27,14 +27,16 @@ class Decoder:
     """A causal language model whose weights are still on disk.
 
     model: the Hugging Face model, its parameters on the meta device, its buffers real; layers_name: where its decoder
-    layers are ("model.layers"); dtype: what it computes in; checkpoint: where its weights are; stored: name of each
-    tensor of the model -> its name in the checkpoint, which is the name everything outside this module goes by.
+    layers are ("model.layers"); dtype: what it computes in; states_device: where hidden states wait between two layers;
+    checkpoint: where its weights are; stored: name of each tensor of the model -> its name in the checkpoint, which is
+    the name everything outside this module goes by.
     """
 
     model: nn.Module
     layers_name: str
     dtype: torch.dtype
     device: torch.device
+    states_device: torch.device
     checkpoint: Checkpoint
     stored: dict[str, str]
 
@@ -52,9 +54,12 @@ class Decoder:
         }
 
 
-def open_decoder(folder: Path | str, device: str = "auto", trust_remote_code: bool = False) -> Decoder:
+def open_decoder(
+    folder: Path | str, device: str = "auto", trust_remote_code: bool = False, hidden_states: str = "device"
+) -> Decoder:
     """Build the model of a checkpoint folder without reading its weights.
 
+    hidden_states: `device`, or `cpu` where a device has room for one layer but not for the states of all sequences.
     Raises `UserError` when the folder is no causal language model, or its decoder layers hold no linears.
     """
     checkpoint = Checkpoint(folder)
@@ -68,7 +73,8 @@ def open_decoder(folder: Path | str, device: str = "auto", trust_remote_code: bo
     dtype = getattr(model.config, "dtype", None) or model.dtype
     stored = stored_names(model, checkpoint)
     checkpoint.transposed = frozenset(stored[f"{name}.weight"] for name in transposed if f"{name}.weight" in stored)
-    decoder = Decoder(model, _find_layers(model, folder), dtype, target, checkpoint, stored)
+    waiting = torch.device("cpu") if hidden_states == "cpu" else target
+    decoder = Decoder(model, _find_layers(model, folder), dtype, target, waiting, checkpoint, stored)
     if not decoder.linears():
         raise UserError(f"{folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
     return decoder
@@ -145,7 +151,7 @@ class LayerWalk:
             self._returned = _returned_by_layers(decoder, batches[0][:1])
             for batch in batches:
                 state, calls = _record_calls(decoder, batch, self._returned)
-                self.states.append(state)
+                self.states.append(state.to(decoder.states_device))
                 self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
 
     def layers(self, description: str) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
@@ -166,7 +172,7 @@ class LayerWalk:
         model = self.decoder.model
         with _loaded_around_layers(self.decoder):
             for batch, state in zip(self.batches, self.states, strict=True):
-                returned = self._returned(state)
+                returned = self._returned(state.to(self.decoder.device))
                 with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
 
@@ -175,9 +181,10 @@ class LayerWalk:
         layer = self.decoder.layers[place]
         for number, (state, calls) in enumerate(zip(self.states, self._calls, strict=True)):
             arguments, keywords = calls[place]
-            output = layer(state, *arguments, **keywords)
+            output = layer(state.to(self.decoder.device), *arguments, **keywords)
             if advance:
-                self.states[number] = output[0] if isinstance(output, tuple) else output
+                state = output[0] if isinstance(output, tuple) else output
+                self.states[number] = state.to(self.decoder.states_device)
 
 
 def load_module(decoder: Decoder, module: nn.Module, name: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from . import cli
 from .blocks import expand_blocks
 from .checkpoint import Checkpoint
 from .decoder import open_decoder
@@ -27,6 +28,7 @@ class Settings:
     tokens: int | None
     device: str
     trust_remote_code: bool
+    hidden_states: str
 
 
 def perplexities(folder: Path | str, settings: Settings) -> dict[str, float]:
@@ -40,7 +42,7 @@ def perplexities(folder: Path | str, settings: Settings) -> dict[str, float]:
     for text in settings.texts:
         stream = token_stream(load_documents(text, "test"), tokenizer)
         windows = consecutive_windows(stream, settings.sequence_length, limit, label(text, "test"))
-        decoder = open_decoder(folder, settings.device, settings.trust_remote_code)
+        decoder = open_decoder(folder, settings.device, settings.trust_remote_code, settings.hidden_states)
         found[label(text, "test")] = perplexity(decoder, windows, settings.batch_size)
     return found
 
@@ -57,6 +59,7 @@ def describe_model(step: str, model_name: str, map_path: Path, folder: Path) -> 
         "iteration": tier_map.iteration,
         "model": model_name,
         "perplexity": {},
+        "pruning": {"method": "wanda", "pattern": "three-tier", "layers": "uniform"} if tier_map.iteration else None,
         "sparsity": sparsity(tier_map, checkpoint),
         "tier_shares": tier_shares(counts.values()),
         "blocks": counts,
@@ -100,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="use no more of each text than this (default: all of it)")
+    cli.add_hidden_states_argument(parser)
     parser.add_argument("--output", type=Path, required=True, help="eval.json")
 
 
@@ -112,4 +116,5 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         tokens=arguments.tokens,
         device=arguments.device,
         trust_remote_code=arguments.trust_remote_code,
+        hidden_states=arguments.hidden_states,
     )

@@ -6,7 +6,7 @@ Drawn without pyplot, so that no screen, user style or backend setting has a say
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,6 +165,67 @@ def _marker_key(finetuned: bool) -> list[Line2D]:
     kind = {"color": GREY, "marker": "o", "linestyle": ""}
     key = [Line2D([], [], markerfacecolor="white", label="after pruning", **kind)]
     return [*key, Line2D([], [], label="after finetuning", **kind)] if finetuned else key
+
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+def comparison(steps: Sequence[dict]) -> Figure:
+    """Perplexity of every finished model against its sparsity: a colour per method, a marker per pattern."""
+    groups = _methods(steps)
+    if not groups:
+        return _empty("Nothing pruned, so nothing to compare")
+    texts = list(steps[0]["perplexity"])
+    figure = Figure(figsize=(WIDTH, 0.5 + 4.8 * len(texts)), layout="constrained")
+    panels = figure.subplots(len(texts), squeeze=False, sharex=True)[:, 0]
+    colours = _looks((method for method, _ in groups), (CHAIN_COLOUR, *ONE_SHOT_COLOURS, "#56b4e9", "#000000"))
+    markers = _looks((pattern for _, pattern in groups), "osD^vP*Xh")
+    for axes, text in zip(panels, texts, strict=True):
+        base = steps[0]["perplexity"][text]["base"]
+        axes.axhline(base, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
+        for (method, pattern), members in groups.items():
+            _comparison_line(axes, members, text, colours[method], markers[pattern])
+        _perplexity_axis(axes, steps, text)
+        place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top", "xycoords": ("axes fraction", "data")}
+        axes.annotate(f"dense {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
+        axes.set_title(f"Perplexity on {text}, every run")
+    panels[-1].set_xlabel("sparsity: zeros in the pruned matrices (%)")
+    tuned = {step["tokens"] > 0 for step in steps[1:]}
+    figure.legend(handles=_comparison_key(colours, markers, tuned), loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _methods(steps: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Steps by method and pattern, each group in the order of sparsity; the iterations are a method of their own."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for step in steps[1:]:
+        method = "progressive" if iteration_of(step["step"]) else step["pruning"]["method"]
+        layers = step["pruning"]["layers"]
+        pattern = step["pruning"]["pattern"] + ("" if layers == "uniform" else f" {layers}")
+        # The ratio follows from N and M, so patterns of one kind are one line.
+        groups.setdefault((method, "N:M" if re.fullmatch(r"\d+of\d+", pattern) else pattern), []).append(step)
+    return {group: sorted(members, key=lambda step: step["sparsity"]) for group, members in groups.items()}
+
+
+def _looks(names: Iterable[str], looks: Sequence[str]) -> dict[str, str]:
+    """A look for each name, in turn."""
+    return {name: looks[index % len(looks)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def _comparison_line(axes: Axes, members: Sequence[dict], text: str, colour: str, marker: str) -> None:
+    points = [(100 * step["sparsity"], step["perplexity"][text]["finetuned"]) for step in members]
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.5)
+    for (x, y), step in zip(points, members, strict=True):
+        axes.plot(x, y, marker, color=colour, markerfacecolor=colour if step["tokens"] else "white")
+
+
+def _comparison_key(colours: dict[str, str], markers: dict[str, str], tuned: set[bool]) -> list[Line2D]:
+    key = [Line2D([], [], color=colour, linewidth=3, label=method) for method, colour in colours.items()]
+    kind = {"color": GREY, "linestyle": ""}
+    key += [Line2D([], [], marker=marker, label=pattern, **kind) for pattern, marker in markers.items()]
+    if len(tuned) == 2:
+        key.append(Line2D([], [], marker="o", markerfacecolor="white", label="hollow: not finetuned", **kind))
+    return key
 
 
 # --- tier shares -----------------------------------------------------------------------------------------------------

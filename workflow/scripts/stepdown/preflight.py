@@ -123,6 +123,9 @@ def check_inputs(config: dict) -> None:
     folder = local_model(config["model"])
     if folder:
         check_model(folder)
+    tasks = config["zero_shot"]["task_folder"]
+    if tasks and not Path(tasks).is_dir():
+        raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
     for section, splits in SPLITS_READ.items():
         options = config[section]
         length = options["sequence_length"]

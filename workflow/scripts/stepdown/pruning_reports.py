@@ -32,7 +32,7 @@ def describe_pruning(
         "format": FORMAT,
         "run": run.name,
         "method": run.method,
-        "pattern": run.pattern,
+        "pattern": run.pattern_name,
         "layers": run.layers,
         "base_model": base_model,
         "iteration": 1,

@@ -34,6 +34,11 @@ class Run:
     block_size: int = 0
     layers: str = "uniform"
 
+    @property
+    def pattern_name(self) -> str:
+        """The pattern as it stands in the name: 2of4, block16."""
+        return {"n-of-m": f"{self.n}of{self.m}", "block": f"block{self.block_size}"}.get(self.pattern, self.pattern)
+
 
 def parse_run(name: str, methods: Collection[str]) -> Run:
     """The run a name asks for; `UserError` names the part of it that is wrong and what could stand there."""

@@ -1,8 +1,9 @@
 """What every step of a run came to, side by side: the chain iter0, iter1, ... and the one-shot runs beside it.
 
-A step here is a dict: `step`, `path` (of its eval.json), `model`, `shares` {tier: share}, `sparsity`, `perplexity`
-{text: {base, pruned, finetuned}}, `epochs`, `tokens`, `total_tokens`, and the curves `train_loss` and `eval_loss`,
-lists of (tokens into the step, loss). Standard library only.
+A step here is a dict: `step`, `path` (of its eval.json), `model`, `pruning` {method, pattern, layers}, `shares` {tier:
+share}, `sparsity`, `perplexity` {text: {base, pruned, finetuned}}, `epochs`, `tokens`,
+`total_tokens`, and the curves `train_loss` and `eval_loss`, lists of (tokens into the step, loss). Standard library
+only.
 """
 
 import csv
@@ -26,14 +27,15 @@ NUMBER = (int, float)
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_steps(evals: Iterable[Path], trainings: Iterable[Path]) -> list[dict]:
+def read_steps(evals: Iterable[Path], trainings: Iterable[Path], tiers: bool = True) -> list[dict]:
     """The steps of one run in the order they are told in: base, iterations, one-shot runs by name.
 
+    tiers: whether every step has shares of tiers, as the iterations have; without, nobody's are read.
     Raises `UserError` for a file that is not what it should be, and for files that cannot be of one run.
     """
     steps: dict[str, dict] = {}
     for path in evals:
-        step = _read_eval(path)
+        step = _read_eval(path, tiers)
         if step["step"] in steps:
             raise UserError(f"{path}: a second evaluation of {step['step']}; give each step once")
         steps[step["step"]] = step
@@ -84,7 +86,7 @@ def _need(record: Any, path: Path, *keys: str, kind: Any = NUMBER) -> Any:
     return record
 
 
-def _read_eval(path: Path) -> dict:
+def _read_eval(path: Path, tiers: bool) -> dict:
     record = _read_json(path)
     name = _need(record, path, "step", kind=str)
     finetuning = record.get("finetuning") or {}
@@ -92,7 +94,8 @@ def _read_eval(path: Path) -> dict:
         "step": name,
         "path": path,
         "model": _need(record, path, "model", kind=str),
-        "shares": {tier: _need(record, path, "tier_shares", tier) for tier in TIERS},
+        "pruning": _read_pruning(record, path, name),
+        "shares": {tier: _need(record, path, "tier_shares", tier) for tier in TIERS if tiers},
         "sparsity": _need(record, path, "sparsity", "overall"),
         "epochs": 0 if name == BASE else _need(finetuning, path, "epochs"),
         "tokens": 0 if name == BASE else _need(finetuning, path, "tokens"),
@@ -101,6 +104,12 @@ def _read_eval(path: Path) -> dict:
     }
     texts = _need(record, path, "perplexity", kind=dict)
     return step | {"perplexity": {text: _read_perplexity(record, path, text, step) for text in texts}}
+
+
+def _read_pruning(record: dict, path: Path, step: str) -> dict[str, str]:
+    if step == BASE:
+        return {"method": "dense", "pattern": "", "layers": ""}
+    return {key: _need(record, path, "pruning", key, kind=str) for key in ("method", "pattern", "layers")}
 
 
 def _read_perplexity(record: dict, path: Path, text: str, step: dict) -> dict:

@@ -1,0 +1,26 @@
+"""Every run beside every other, as a table and a figure: method, pattern, sparsity, perplexity, tasks, time, memory."""
+
+import argparse
+from pathlib import Path
+
+from stepdown import cli, comparison, figures, summary
+from stepdown.files import atomic_write
+
+
+def main(arguments: argparse.Namespace) -> None:
+    steps = summary.read_steps(arguments.evals, [], tiers=False)
+    table = comparison.rows(steps, arguments.benchmarks, comparison.read_tasks(arguments.zero_shot))
+    atomic_write(arguments.output, summary.as_csv(table))
+    with figures.style():
+        atomic_write(arguments.output_figure, figures.as_svg(figures.comparison(steps)))
+    print("\n\n".join(comparison.as_text(table, text) for text in steps[0]["perplexity"]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--evals", type=Path, nargs="+", required=True, help="eval.json of every step, in any order")
+    parser.add_argument("--zero-shot", type=Path, nargs="*", default=[], help="zero_shot.json of steps that have one")
+    parser.add_argument("--benchmarks", type=Path, required=True, help="folder of Snakemake's benchmark files by step")
+    parser.add_argument("--output", type=Path, required=True, help="the table as CSV, in full precision")
+    parser.add_argument("--output-figure", type=Path, required=True, help="perplexity against sparsity, SVG")
+    cli.run(main, parser)
