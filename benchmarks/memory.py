@@ -53,12 +53,16 @@ def main(arguments: argparse.Namespace) -> None:
                 *("--model", model, "--calibration", norms, "--tier-map-before", dense, "--tier-map", stage_1),
                 *("--output-tier-map", root / "tier_map.safetensors", "--output-model", root / "pruned"),
             ),
+            "prune_oneshot.py": (
+                *("--run", arguments.run, "--model", model, *length, "--device", "cpu"),
+                *("--output-model", root / "oneshot", "--output-report", root / "oneshot.json"),
+            ),
         }
         allowed = 0.35 * checkpoint + states
         print(f"checkpoint {checkpoint:.0f} MB, calibration activations {states:.0f} MB, bar {allowed:.0f} MB")
         for script, words in runs.items():
             megabytes, seconds = peak(script, *words)
-            share = (megabytes - states * (script == "calibrate.py")) / checkpoint
+            share = (megabytes - states * (script in ("calibrate.py", "prune_oneshot.py"))) / checkpoint
             print(
                 f"{script:26s} {megabytes:6.0f} MB  {100 * share:4.1f} % of the checkpoint  {seconds:5.1f} s",
                 flush=True,
@@ -70,5 +74,6 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--folder", type=Path, help="where 5 GB can be written for a while")
+    parser.add_argument("--run", default="wanda-unstructured-0.5", help="of prune_oneshot.py (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where 8 GB can be written for a while")
     main(parser.parse_args())

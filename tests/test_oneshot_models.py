@@ -280,6 +280,10 @@ def test_a_report_and_a_checkpoint_that_do_not_belong_together(model, tmp_path):
     weight[weight == 0] = 1
     with pytest.raises(UserError, match=r"pruned: model\.layers\.0\.mlp\.up_proj: 0 zeros where 1728 are due"):
         pruning_reports.check_zeros(report, name, weight, "pruned")
+    moved = checkpoint.matrix(name)
+    moved[:, :4], moved[:, 4:8] = 1, 0
+    with pytest.raises(UserError, match=r"up_proj: 72 groups keep more than 2 of 4; pruned weights were revived"):
+        pruning_reports.check_zeros(report, name, moved, "pruned")
     with pytest.raises(UserError, match="not the report of a one-shot run"):
         pruning_reports.read_report(write({"format": 1}, tmp_path / "other.json"))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import UserError
 from .masks import count_zeros
-from .runs import Run
+from .patterns import n_of_m
+from .runs import Run, parse_run
 
 FORMAT = "stepdown one-shot 1"
 
@@ -72,10 +73,13 @@ def check_same_model(report: dict, path: Path | str, checkpoint: Checkpoint) -> 
 
 
 def check_zeros(report: dict, name: str, weight: Tensor, folder: Path | str) -> None:
-    """Raise `UserError` when a weight [out, in] has fewer zeros than the report says."""
+    """Raise `UserError` when a weight [out, in] has fewer zeros than the report says, or a group more than N of M."""
     zeros, due = count_zeros(weight), report["matrices"][name]["zeros"]
     if zeros < due:
         raise UserError(f"{folder}: {name}: {zeros} zeros where {due} are due; pruned weights were revived")
+    run = parse_run(report["run"], [report["method"]])
+    if run.m and (fault := n_of_m(run.n, run.m).fault(weight)):
+        raise UserError(f"{folder}: {name}: {fault}; pruned weights were revived")
 
 
 def describe_checkpoint(step: str, model_name: str, path: Path, folder: Path) -> dict:
