@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdown.errors import UserError
-from stepdown.layer_sparsity import by_outliers, by_table, matches, outlier_shares, uniform
+from stepdown.layer_sparsity import by_outliers, by_table, in_whole_units, matches, outlier_shares, uniform
 
 SIZES = {
     f"model.layers.{layer}.{name}": size
@@ -47,6 +47,21 @@ def test_the_table_meets_the_overall_sparsity_exactly(whole, first, second):
     assert sparsities["model.layers.1.mlp.up_proj"] == Fraction(first, 1000)
     assert sparsities["model.layers.2.mlp.up_proj"] == Fraction(second, 1000)
     assert sparsities["model.layers.2.self_attn.q_proj"] == sparsities["model.layers.9.mlp.up_proj"]
+
+
+@given(st.integers(1, 999), st.integers(0, 400), st.integers(20, 200))
+def test_in_whole_units_the_sum_still_comes_out(whole, reach, units):
+    layers = {f"model.layers.{layer}": (layer % 5) / 10 for layer in range(12)}
+    try:
+        wanted = by_outliers(SIZES, Fraction(whole, 1000), layers, reach / 1000)
+    except UserError:
+        return
+    found = in_whole_units(SIZES, wanted, dict.fromkeys(SIZES, units))
+    assert all((share * units).denominator == 1 and 0 <= share < 1 for share in found.values())
+    # No more is lost than what the last matrix of each of five sparsities is rounded by.
+    lost = sum(SIZES[name] * (wanted[name] - found[name]) for name in SIZES)
+    if all(Fraction(1, units) < share < 1 - Fraction(2, units) for share in wanted.values()):
+        assert abs(lost) <= 5 * Fraction(max(SIZES.values()), 2 * units)
 
 
 def test_the_table_alone_if_told_so():

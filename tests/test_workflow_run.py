@@ -1,4 +1,4 @@
-"""The real workflow, with its real scripts, on a tiny model: two iterations, the one-shot run, table and report."""
+"""The real workflow, with its real scripts, on a tiny model: two iterations, one-shot runs, tables and report."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ import yaml
 from families import make_model
 
 from stepdown.checkpoint import Checkpoint
+from stepdown.patterns import n_of_m
 from stepdown.tier_maps import read_tier_map
 from stepdown.tiers import count_tiers, tier_counts, violations
 
@@ -22,6 +23,8 @@ CONFIG = {
     "model": "model",
     "device": "cpu",
     "schedule": "schedule.csv",
+    "oneshot": ["three-tier", "sparsegpt-2of4"],
+    "oneshot_epochs": 1,
     "calibration": {"samples": 4, "sequence_length": 32, "batch_size": 4},
     "recovery": {
         "sequence_length": 32,
@@ -104,12 +107,37 @@ def test_the_one_shot_run_trains_on_as_many_tokens(project):
     assert tokens[0] + tokens[1] == tokens[2] == 3 * 512
 
 
+def test_a_run_by_method_and_pattern_is_exact_and_stays_so(project):
+    folder = project / "results/oneshot/sparsegpt-2of4"
+    report, finetuned = (
+        result(project, "oneshot/sparsegpt-2of4", "pruning.json"),
+        Checkpoint(folder / "finetuned_model"),
+    )
+    assert len(report["matrices"]) == 21
+    assert all(n_of_m(2, 4).fault(finetuned.matrix(name)) == "" for name in report["matrices"])
+    assert result(project, "oneshot/sparsegpt-2of4", "training.json")["best_step"] > 0
+    found = result(project, "oneshot/sparsegpt-2of4")
+    assert found["sparsity"]["overall"] == found["sparsity"]["target"] == 0.5
+    assert (
+        set(found["sparsity"]["target_per_matrix"].values()) == set(found["sparsity"]["per_matrix"].values()) == {0.5}
+    )
+
+
+def test_all_runs_are_compared_with_their_cost(project):
+    with (project / "results/compare.csv").open() as file:
+        table = list(csv.DictReader(file))
+    runs = ["iter0", "iter1", "iter2", "oneshot/sparsegpt-2of4", "oneshot/three-tier"]
+    assert [row["run"] for row in table] == runs
+    assert all(float(row["pruning_seconds"]) > 0 and float(row["finetuning_seconds"]) > 0 for row in table[1:])
+    assert max(float(row["peak_memory_mb"]) for row in table[1:]) > 100
+
+
 def test_table_figures_and_report_are_there(project):
     with (project / "results/summary.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["iter0", "iter1", "iter2", "oneshot/three-tier"]
     assert "oneshot/three-tier" in (project / "results/summary.txt").read_text()
     report = (project / "results/report.html").read_text()
-    assert all(name in report for name in ("perplexity", "tier_shares", "tier_maps", "training"))
+    assert all(name in report for name in ("perplexity", "tier_shares", "tier_maps", "training", "comparison"))
 
 
 def test_a_finetuned_checkpoint_loads_as_usual(project):

@@ -233,11 +233,12 @@ def section_flags(section, *left_out):
 
 
 def tier_options(step):
-    """What a one-shot run with tiers is told of them: the shares of the last row, and the section `pruning`."""
-    if run_of(step).pattern not in ("three-tier", "hybrid"):
+    """What a one-shot run with tiers is told of them: the section `pruning`, and for fixed shares those of the last row."""
+    pattern = run_of(step).pattern
+    if pattern not in ("three-tier", "hybrid"):
         return []
-    last = row(step)
-    return flags({"shares": [last.dense, last.mid_2_4, last.topk], **config["pruning"]})
+    shares = {"shares": [row(step).dense, row(step).mid_2_4, row(step).topk]} if pattern == "three-tier" else {}
+    return flags({**shares, **config["pruning"]})
 
 
 def layer_options(step):

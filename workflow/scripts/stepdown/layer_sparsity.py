@@ -4,6 +4,7 @@
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -92,6 +93,22 @@ def outlier_shares(matrices: Iterable[tuple[str, Tensor, Tensor]], times_mean: f
         bound = times_mean * sum(metric.sum(dtype=torch.float64) for metric in metrics) / weights
         shares[layer] = sum(int((metric > bound).sum()) for metric in metrics) / weights
     return shares
+
+
+def in_whole_units(
+    sizes: Mapping[str, int], sparsities: Mapping[str, Fraction], units: Mapping[str, int]
+) -> dict[str, Fraction]:
+    """The same sparsities as counts of what goes only whole: the weights of a row, the blocks of a matrix.
+
+    units: how many of them a row (a matrix) has. What rounding takes from a matrix or gives it is carried to the next
+    of the same sparsity, so that the sum comes out.
+    """
+    found, owed = {}, defaultdict(Fraction)
+    for name, sparsity in sparsities.items():
+        wanted = sparsity + owed[sparsity] / sizes[name]
+        found[name] = Fraction(min(max(round(wanted * units[name]), 0), units[name] - 1), units[name])
+        owed[sparsity] += sizes[name] * (sparsity - found[name])
+    return found
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -1,5 +1,6 @@
 """Pruning a model in one shot, layer by layer: each layer is pruned by what it sees of the layers pruned before it."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from fractions import Fraction
@@ -9,12 +10,13 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from .blocks import grid_shape
 from .calibration import accumulating_squares, squared_input_norms
 from .checkpoint import load_tensors, rewrite_checkpoint, save_tensors
 from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
-from .layer_sparsity import LayerOptions, by_outliers, by_table, outlier_shares, uniform
+from .layer_sparsity import LayerOptions, by_outliers, by_table, in_whole_units, outlier_shares, uniform
 from .masks import count_zeros
 from .methods import STATISTICS, arguments_of, load_method
 from .patterns import Pattern, TierOptions, pattern_of
@@ -70,13 +72,22 @@ def layer_sparsities(
     sizes = {name: linear.weight.numel() for name, linear in linears.items()}
     if run.sparsity is None:
         return dict.fromkeys(sizes)
+    if run.layers == "uniform":
+        return uniform(sizes, run.sparsity)
     if run.layers == "table":
-        return by_table(sizes, run.sparsity, options.table, options.meet_overall)
-    if run.layers == "owl":
+        sparsities = by_table(sizes, run.sparsity, options.table, options.meet_overall)
+    else:
         norms = squared_input_norms(decoder, windows, batch_size)
         matrices = ((name, decoder.checkpoint.matrix(name), norms[name]) for name in linears)
-        return by_outliers(sizes, run.sparsity, outlier_shares(matrices, options.owl_m), options.owl_lambda)
-    return uniform(sizes, run.sparsity)
+        outliers = outlier_shares(matrices, options.owl_m)
+        sparsities = by_outliers(sizes, run.sparsity, outliers, options.owl_lambda)
+    units = {name: units_of(run, tuple(linear.weight.shape)) for name, linear in linears.items()}
+    return in_whole_units(sizes, sparsities, units)
+
+
+def units_of(run: Run, shape: tuple[int, int]) -> int:
+    """How many blocks a matrix [out, in] has, or weights a row, where the pattern of a run takes them one by one."""
+    return math.prod(grid_shape(shape, run.block_size)) if run.block_size else shape[1]
 
 
 @torch.no_grad()
