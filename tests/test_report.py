@@ -334,14 +334,15 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FIGURES, "summary", "workflow"])
-def test_captions_render_as_the_report_renders_them(name):
+@pytest.mark.parametrize("schedule", ["config/progressive_schedule.csv", None])
+@pytest.mark.parametrize("name", [*FIGURES, "comparison", "compare", "summary", "workflow"])
+def test_captions_render_as_the_report_renders_them(name, schedule):
     jinja2 = pytest.importorskip("jinja2")
     core = pytest.importorskip("docutils.core")
     text = {"train": "/home/someone/a.txt", "test": "/home/someone/b.txt"}
     config = {
         "model": "/home/someone/model/",
-        "schedule": "config/progressive_schedule.csv",
+        "schedule": schedule,
         "oneshot": ["three-tier"],
         "pruning": {"block_size": 16, "k": 10, "selection": "wanda"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},

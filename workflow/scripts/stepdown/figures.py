@@ -202,8 +202,7 @@ def _methods(steps: Sequence[dict]) -> dict[tuple[str, str], list[dict]]:
         method = "progressive" if iteration_of(step["step"]) else step["pruning"]["method"]
         layers = step["pruning"]["layers"]
         pattern = step["pruning"]["pattern"] + ("" if layers == "uniform" else f" {layers}")
-        # The ratio follows from N and M, so patterns of one kind are one line.
-        groups.setdefault((method, "N:M" if re.fullmatch(r"\d+of\d+", pattern) else pattern), []).append(step)
+        groups.setdefault((method, pattern), []).append(step)
     return {group: sorted(members, key=lambda step: step["sparsity"]) for group, members in groups.items()}
 
 
