@@ -28,3 +28,14 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in which the whole workflow has run once, undisturbed; for looking only."""
+    from projects import make_project, snakemake
+
+    folder = make_project(tmp_path_factory.mktemp("project"))
+    finished = snakemake(folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder

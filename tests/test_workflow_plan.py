@@ -13,22 +13,26 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-# Runs instead of the script that imports it. A checkpoint's index is the same for all weights, as real ones can be.
+# Runs instead of the script that imports it. What it leaves depends on all that it was given, as real results do.
 STUB = """
-import os, sys
+import hashlib, os, sys
 from pathlib import Path
 words = dict(zip(sys.argv, sys.argv[1:]))
+content = hashlib.sha256(" ".join(sys.argv).encode())
+for word in sys.argv[1:]:
+    for path in (Path(word), Path(word, "model.safetensors.index.json")):
+        content.update(path.read_bytes() if path.is_file() else b"")
 for flag, output in words.items():
     if flag == "--output-model":
         Path(output).mkdir(parents=True, exist_ok=True)
-        Path(output, "model.safetensors.index.json").write_text("{}")
+        Path(output, "model.safetensors.index.json").write_text(content.hexdigest())
     elif flag == "--output-folder":
         for figure in ("perplexity", "tier_shares", "tier_maps", "training"):
             Path(output, figure + ".svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     elif flag == "--output-figure":
         Path(output).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     elif flag.startswith("--output"):
-        Path(output).write_text(" ".join(sys.argv))
+        Path(output).write_text(content.hexdigest())
 print("as text")
 Path(words["--log"]).write_text(f"{sys.executable} {os.environ.get('OMP_NUM_THREADS')}")
 sys.exit()
@@ -176,9 +180,9 @@ def test_the_report_holds_the_figures(finished_once):
 # --- what reruns -----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_reruns_after_a_new_checkout(finished):
+def test_nothing_reruns_after_a_new_checkout_or_a_copy_without_dates(finished):
     for path in finished.folder.rglob("*"):
-        if path.is_file() and not {"results", ".snakemake"} & set(path.relative_to(finished.folder).parts):
+        if path.is_file() and ".snakemake" not in path.relative_to(finished.folder).parts:
             path.touch()
     finished.edit("workflow/scripts/stepdown/tiers.py", "import torch\n", "import torch  # a comment\n")
     assert "Nothing to be done" in finished.run("--dry-run", MINE)
@@ -226,6 +230,14 @@ def test_changed_code_reruns_what_imports_it(finished):
         planned = finished.plan("results/iter1/training.json", MINE)
         assert ("iter1", rule) in planned
         assert ("iter1", "calibrate") not in planned or module != "recovery"
+
+
+@pytest.mark.parametrize("module", ["preflight", "locks", "schedule"])
+def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
+    finished.edit(
+        f"workflow/scripts/stepdown/{module}.py", "from pathlib import Path\n", "from pathlib import Path\n\nNEW = 1\n"
+    )
+    assert "Nothing to be done" in finished.run("--dry-run", MINE)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

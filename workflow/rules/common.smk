@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,19 +19,27 @@ sys.path.append(str(SCRIPTS))
 
 from stepdown.errors import UserError
 from stepdown.methods import method_names
-from stepdown.preflight import SPLITS_READ, check_inputs, complete_config, local_model, text_files
+from stepdown.preflight import SPLITS_READ, check_inputs, check_writable, complete_config, local_model, text_files
 from stepdown.runs import parse_run
 from stepdown.schedule import one_shot, read_schedule
 
-try:
+
+@contextmanager
+def one_line():
+    """A mistake of the user's ends the run with its line: the one way out of a Snakefile that prints nothing else."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        raise SystemExit(f"error: {error}")
+
+
+with one_line():
     config.update(complete_config(config, yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())))
     SCHEDULE = read_schedule(config["schedule"]) if config["schedule"] else []
     check_inputs(config)
+    check_writable(Path(), Path(".snakemake"), Path("results"))
     # Steps without a tier map, each pruned by the method and pattern of its name.
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
-except (UserError, OSError) as error:
-    # The one way out of a Snakefile that prints the line and nothing else.
-    raise SystemExit(f"error: {error}")
 
 STEPS = [f"iter{row.iteration}" for row in SCHEDULE]
 STEPS += [f"oneshot/{name}" for name in config["oneshot"] if name == "three-tier"]
@@ -54,8 +63,6 @@ os.environ.update(
 )
 # Threads that wait by spinning make everything several times slower as soon as the machine does anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A job that Snakemake gives one thread, as it does under -j1, may have the machine: much of a job's time is not parallel.
-shell.prefix('[ "$OMP_NUM_THREADS" != 1 ] || unset OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS; ')
 
 
 # --- steps and their files -------------------------------------------------------------------------------------------

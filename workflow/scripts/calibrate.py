@@ -7,7 +7,7 @@ from stepdown import cli
 from stepdown.calibration import squared_input_norms
 from stepdown.checkpoint import save_tensors
 from stepdown.decoder import open_decoder
-from stepdown.preflight import check_length
+from stepdown.files import check_length
 from stepdown.text import calibration_windows, describe, parse_text
 
 

@@ -14,9 +14,8 @@ from stepdown import cli
 from stepdown.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint
 from stepdown.decoder import choose_device, stored_names
 from stepdown.errors import UserError
-from stepdown.files import weight_files, write_json
+from stepdown.files import check_length, weight_files, write_json
 from stepdown.linears import as_linears_
-from stepdown.preflight import check_length
 from stepdown.recovery import (
     LEARNING_RATE_SCHEDULES,
     METHODS,

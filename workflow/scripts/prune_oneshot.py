@@ -8,12 +8,11 @@ from pathlib import Path
 from stepdown import cli
 from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
-from stepdown.files import write_json
+from stepdown.files import check_length, write_json
 from stepdown.layer_sparsity import LayerOptions
 from stepdown.methods import load_method, method_names
 from stepdown.oneshot import prune_checkpoint
 from stepdown.patterns import TierOptions
-from stepdown.preflight import check_length
 from stepdown.runs import FORM, PATTERNS, parse_run
 from stepdown.saliency import SELECTIONS
 from stepdown.text import calibration_windows, describe, parse_text

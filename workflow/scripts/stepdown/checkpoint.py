@@ -161,10 +161,19 @@ def write_base_index(checkpoint: Checkpoint) -> None:
 def write_index(
     folder: Path, weight_map: dict[str, str], total_size: int, identity: dict[str, str], transposed: Iterable[str]
 ) -> None:
-    """The index of a checkpoint as Hugging Face has it, and in its metadata what we know of the weights."""
-    metadata = {"total_size": total_size, "stepdown": identity, "transposed": sorted(transposed)}
+    """The index of a checkpoint as Hugging Face has it, and in its metadata what we know of the weights.
+
+    With their hashes it differs where they do, and can stand for them.
+    """
+    hashes = {name: file_hash(folder / name) for name in sorted(set(weight_map.values()))}
+    metadata = {"total_size": total_size, "stepdown": identity, "transposed": sorted(transposed), "sha256": hashes}
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
     atomic_write(folder / INDEX_NAME, text + "\n")
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:

@@ -26,6 +26,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         log.error("error: %s: %s", error.filename or parser.prog, error.strerror or error)
         log.debug("traceback", exc_info=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,8 @@ def _open_log(path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+    # On a full disk the log is what may be lost, not the message on the console.
+    logging.raiseExceptions = False
     log.setLevel(logging.DEBUG)
     log.propagate = False
     log.handlers[:] = handlers

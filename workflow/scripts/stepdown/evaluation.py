@@ -10,8 +10,8 @@ from . import cli
 from .blocks import expand_blocks
 from .checkpoint import Checkpoint
 from .decoder import open_decoder
+from .files import check_length
 from .perplexity import describe_protocol, perplexity
-from .preflight import check_length
 from .pruning_reports import describe_checkpoint
 from .text import consecutive_windows, describe, label, load_documents, parse_text, token_stream
 from .tier_maps import TierMap, block_counts, check_same_model, check_zeros, read_tier_map, tier_shares

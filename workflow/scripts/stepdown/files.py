@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and safetensors files looked at from outside. Standard library only."""
+"""Files that are written whole or not at all, and model folders looked at from outside. Standard library only."""
 
 import json
 import os
@@ -81,6 +81,29 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
     if size != expected:
         raise UserError(f"{file}: truncated or damaged ({size} bytes, {expected} expected); copy or download it again")
     return header, 8 + length
+
+
+def check_length(where: str, sequence_length: int, folder: Path) -> None:
+    """A sequence must not be longer than the positions the model was trained on."""
+    config = read_json_object(folder / "config.json")
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(part.get(name), int) and sequence_length > part[name]:
+                raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {part[name]} ({name})")
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file of a model folder; `UserError` where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name a model folder in Hugging Face form") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy the model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found {type(content).__name__}, not an object of keys; copy the model again")
+    return content
 
 
 def _read_index(path: Path) -> dict:

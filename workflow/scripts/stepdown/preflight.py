@@ -2,14 +2,14 @@
 but for `complete_config`, which Snakemake's own environment runs."""
 
 import difflib
-import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import UserError
-from .files import safetensors_header, weight_files
+from .files import check_length, read_json_object, safetensors_header, weight_files
 
 CORPORA = ("pydoc", "wikitext2", "c4")
 TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
@@ -137,6 +137,13 @@ def check_inputs(config: dict) -> None:
             check_text(key, text, splits, length)
 
 
+def check_writable(*folders: Path) -> None:
+    """Folders that a run writes to, as far as they are there already."""
+    for folder in folders:
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder.resolve()}: no permission to write here; change it, or run in another folder")
+
+
 def check_block(block_size: int, k: int) -> None:
     """A block holds whole groups of four inputs and at least the k entries that TopK keeps."""
     if block_size % 4:
@@ -163,19 +170,9 @@ def check_model(folder: Path) -> None:
     if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
         for file in weight_files(folder):
             safetensors_header(file)
-    _read_json(folder / "config.json")
+    read_json_object(folder / "config.json")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
-
-
-def check_length(where: str, sequence_length: int, folder: Path) -> None:
-    """A sequence must not be longer than the positions the model was trained on."""
-    config = _read_json(folder / "config.json")
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(part.get(name), int) and sequence_length > part[name]:
-                raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {part[name]} ({name})")
 
 
 def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_length: int) -> None:
@@ -203,15 +200,3 @@ def text_files(text: str | dict, splits: tuple[str, ...]) -> list[Path]:
     if isinstance(text, dict):
         return [Path(text[split]) for split in splits]
     return [] if text in CORPORA else [Path(text)]
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a model folder in Hugging Face form") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); copy the model again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: found {type(content).__name__}, not an object of keys; copy the model again")
-    return content

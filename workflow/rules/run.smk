@@ -1,0 +1,28 @@
+# One run at a time in a folder. Snakemake's own lock, which the profile turns off, outlives a process that is killed.
+
+from uuid import uuid4
+
+from snakemake_interface_executor_plugins.settings import ExecMode
+
+from stepdown.locks import join_run, start_run
+
+if workflow.exec_mode == ExecMode.DEFAULT:
+    os.environ["STEPDOWN_RUN"] = uuid4().hex
+else:
+    # This Snakemake runs one job of a run, maybe long after that was interrupted.
+    with one_line():
+        join_run(os.environ.get("STEPDOWN_RUN", "no run"))
+
+
+# Schedulers hand it on to the jobs.
+envvars:
+    "STEPDOWN_RUN",
+
+
+# Not before: planning, linting and reporting change nothing, and may go on beside a run.
+onstart:
+    with one_line():
+        start_run(os.environ["STEPDOWN_RUN"])
+
+
+shell.prefix(f"set -euo pipefail; source {SCRIPTS}/begin_job.sh; ")
