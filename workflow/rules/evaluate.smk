@@ -14,7 +14,7 @@ rule evaluate_base:
         "../envs/evaluate.yaml"
     threads: THREADS
     resources:
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=120,
         gpu=GPUS,
     params:
@@ -51,7 +51,7 @@ rule evaluate:
         "../envs/evaluate.yaml"
     threads: THREADS
     resources:
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=120,
         gpu=GPUS,
     params:

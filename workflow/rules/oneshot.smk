@@ -18,7 +18,7 @@ rule prune_oneshot:
         "../envs/prune.yaml"
     threads: THREADS
     resources:
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=240,
         gpu=GPUS,
     params:

@@ -11,7 +11,7 @@ rule base_model:
     conda:
         "../envs/prune.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=240,
     params:
         script=SCRIPTS / "base_model.py",
@@ -43,7 +43,7 @@ rule calibrate:
         "../envs/prune.yaml"
     threads: THREADS
     resources:
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=120,
         gpu=GPUS,
     params:
@@ -80,7 +80,7 @@ rule score:
         "../envs/prune.yaml"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime=60,
     params:
         script=SCRIPTS / "score.py",
@@ -108,7 +108,7 @@ rule degrade_dense_to_2_4:
     conda:
         "../envs/prune.yaml"
     resources:
-        mem_mb=4000,
+        mem_mb=memory(4000),
         runtime=60,
     params:
         script=SCRIPTS / "degrade_dense_to_2_4.py",
@@ -143,7 +143,7 @@ rule degrade_2_4_to_topk:
         "../envs/prune.yaml"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory(8000),
         runtime=60,
     params:
         script=SCRIPTS / "degrade_2_4_to_topk.py",
@@ -174,7 +174,7 @@ rule finetune:
         "../envs/finetune.yaml"
     threads: THREADS
     resources:
-        mem_mb=64000,
+        mem_mb=memory(64000),
         runtime=2880,
         gpu=GPUS,
     params:
