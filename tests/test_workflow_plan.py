@@ -45,7 +45,7 @@ ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk"
 ONE_SHOT = ITERATION - {"calibrate", "score"}
 RUNS = ["oneshot/magnitude-2of4", "oneshot/wanda-2of4", "oneshot/sparsegpt-2of4"]
 RUN = {"prune_oneshot", "finetune", "evaluate"}
-SIDE_BY_SIDE = {("", "summarize"), ("", "plot"), ("", "compare")}
+SIDE_BY_SIDE = {("", "summarize"), ("", "plot"), ("", "compare"), ("", "html_report")}
 
 
 class Project:
@@ -65,7 +65,7 @@ class Project:
         return finished.stdout + finished.stderr
 
     def plan(self, *arguments):
-        """(step, rule) of each job that would run; the report and the target that gathers all are left out."""
+        """(step, rule) of each job that would run; the target that gathers all is left out."""
         printed = self.run("--dry-run", "--printshellcmds", *arguments)
         return {(step.strip("/"), rule) for step, rule in re.findall(r" --log results/logs(\S*)/(\w+)\.log", printed)}
 
@@ -84,7 +84,7 @@ def copy_project(folder):
         else:
             shutil.copy(source, folder / name)
     (folder / "workflow/scripts/stub.py").write_text(STUB)
-    for script in (ROOT / "workflow/scripts").glob("*.py"):
+    for script in set((ROOT / "workflow/scripts").glob("*.py")) - {ROOT / "workflow/scripts/html_report.py"}:
         # The imports stay, as they decide what reruns.
         (folder / "workflow/scripts" / script.name).write_text(f"import stub\n{script.read_text()}")
     write_model(folder / "resources/pydoc-llama")

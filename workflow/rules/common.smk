@@ -4,9 +4,7 @@ import ast
 import hashlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -279,13 +277,3 @@ def figure(name, category="Figures"):
     """A figure as an output that the report shows with its caption."""
     labels = {"figure": name.replace("_", " ")}
     return report(f"results/figures/{name}.svg", caption=f"../report/{name}.rst", category=category, labels=labels)
-
-
-def write_report(path, log, *targets):
-    """Have Snakemake write its own report on the targets, with the configuration of this run."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings, open(log, "w") as messages:
-        json.dump(config, settings)
-        settings.flush()
-        command = [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile, "--nolock"]
-        command += ["--configfile", settings.name, "--report", path, "--", *targets]
-        subprocess.run(command, stdout=messages, stderr=messages, check=True)

@@ -88,7 +88,7 @@ rule compare:
         " --output {output.table} --output-figure {output.figure} --log {log} > {output.text}"
 
 
-# No environment of its own: the Snakemake that runs the workflow is the one that knows what to report.
+# Snakemake reports on Snakemake's run: an environment that holds it takes the place of the one that runs the workflow.
 rule html_report:
     input:
         rules.summarize.output.table,
@@ -98,11 +98,18 @@ rule html_report:
     output:
         "results/report.html",
     log:
-        "results/logs/report.log",
+        "results/logs/html_report.log",
     localrule: True
+    conda:
+        "../envs/workflow.yaml"
     params:
+        script=SCRIPTS / "html_report.py",
+        code=code_hash("html_report.py"),
+        snakefile=os.path.relpath(workflow.main_snakefile),
+        config=json.dumps(config),
         captions=[fingerprint(path) for path in sorted((ROOT / "workflow/report").glob("*.rst"))],
     message:
         "the report, results/report.html"
-    run:
-        write_report(output[0], log[0], *input)
+    shell:
+        "python {params.script} --snakefile {params.snakefile:q} --config {params.config:q} --targets {input}"
+        " --output {output} --log {log}"

@@ -1,7 +1,6 @@
 """Finetune a pruned checkpoint with its mask fixed, full or LoRA; with 0 epochs pass it on as it is."""
 
 import argparse
-import os
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
-    device = _device(arguments.device)
+    device = choose_device(arguments.device).type
     windows, evaluation_windows = _read_text(arguments, step.iteration)
     if arguments.tokens_per_epoch is not None:
         settings = replace(settings, epochs=1)  # The windows are those of all epochs.
@@ -123,13 +122,6 @@ def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, s
 
 def _write_log(arguments: argparse.Namespace, **outcome) -> None:
     write_json(arguments.output_log, {"step": arguments.step, "method": arguments.method, **outcome})
-
-
-def _device(name: str) -> str:
-    """`cpu` or `cuda`. Of several GPUs the Trainer would take all, so it is shown the first."""
-    if name != "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return choose_device(name).type
 
 
 def _quiet_libraries() -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .checkpoint import Checkpoint
 from .cli import progress
 from .errors import UserError
+from .gpus import claim_gpus
 from .linears import FUSED, as_linears_, fused_names
 
 
@@ -126,7 +127,9 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """`auto` is a GPU where there is one; of several it is one that no other job has."""
+    if device != "cpu":
+        claim_gpus()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

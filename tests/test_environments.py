@@ -1,0 +1,90 @@
+"""Each conda environment, built from its own file, runs its rules with nothing of any other Python in sight.
+
+Where no conda is to be had, a stand-in answers Snakemake's calls over venv and pip.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from projects import ROOT, command, make_project
+
+ENVIRONMENTS = ROOT / "workflow/envs"
+# What belongs to one environment alone, by what it is imported as.
+OWN = {
+    "prune": [],
+    "finetune": ["peft"],
+    "evaluate": [],
+    "report": ["matplotlib"],
+    "workflow": ["snakemake"],
+    "zero_shot": ["lm_eval"],
+}
+TASK = """
+task: continue
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks/continue.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_target: 0
+doc_to_choice: [" the", " zebra"]
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def standin(shared):
+    """The environment variables that put the stand-in for conda before everything else."""
+    folder = shared / "tools/conda-standin/bin"
+    if not folder.is_dir():
+        pytest.skip("no stand-in for conda here")
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def build(name, prefix, environment):
+    """An environment as Snakemake has it built."""
+    order = ["conda", "env", "create", "--file", str(ENVIRONMENTS / f"{name}.yaml"), "--prefix", str(prefix)]
+    subprocess.run(order, env=environment, check=True, capture_output=True)
+    return prefix / "bin/python"
+
+
+def installed(prefix):
+    """Names and versions of what an environment holds, and which of the packages of others it can import."""
+    others = sorted(set().union(*OWN.values()) | {"torch", "pytest"})
+    code = (
+        "import importlib.metadata, importlib.util, json;"
+        "print(json.dumps([{d.name: d.version for d in importlib.metadata.distributions()},"
+        f"[name for name in {others} if importlib.util.find_spec(name)]]))"
+    )
+    printed = subprocess.run([prefix / "bin/python", "-I", "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(printed.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_rules_run_in_the_environments_they_name(standin, tmp_path):
+    folder = make_project(tmp_path / "project")
+    (folder / "tasks").mkdir()
+    (folder / "tasks/continue.yaml").write_text(TASK)
+    (folder / "tasks/continue.jsonl").write_text('{"text": "This is"}\n{"text": "All of"}\n')
+    # Snakemake itself runs in an environment that has nothing but Snakemake: a rule outside its own would find no torch.
+    python = build("workflow", tmp_path / "snakemake", standin)
+    extra = ["--use-conda", "--config", "zero_shot={tasks: [continue], task_folder: tasks}"]
+    finished = subprocess.run([python, *command(*extra)[1:]], cwd=folder, env=standin, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert (folder / "results/report.html").exists() and (folder / "results/iter2/zero_shot.json").exists()
+    for file in (folder / ".snakemake/conda").glob("*.yaml"):
+        check_environment(file, file.with_suffix(""))
+    shutil.rmtree(folder / ".snakemake/conda")
+
+
+def check_environment(file, prefix):
+    name = next(path.stem for path in ENVIRONMENTS.glob("*.yaml") if path.read_bytes() == file.read_bytes())
+    versions, importable = installed(prefix)
+    pins = dict(re.findall(r"- ([\w-]+)==(\S+)", file.read_text()))
+    assert {pin: versions[pin].partition("+")[0] for pin in pins} == pins
+    torch = ["torch"] if "torch" in pins else []
+    assert sorted(importable) == sorted(OWN[name] + torch)
