@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 from projects import ROOT, command, make_project
+from test_zero_shot import QUESTIONS, TASK
 
 ENVIRONMENTS = ROOT / "workflow/envs"
 # What belongs to one environment alone, by what it is imported as.
@@ -22,17 +23,6 @@ OWN = {
     "workflow": ["snakemake"],
     "zero_shot": ["lm_eval"],
 }
-TASK = """
-task: continue
-dataset_path: json
-dataset_kwargs: {data_files: {test: tasks/continue.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{text}}"
-doc_to_target: 0
-doc_to_choice: [" the", " zebra"]
-metric_list: [{metric: acc}]
-"""
 
 
 @pytest.fixture
@@ -68,9 +58,9 @@ def installed(prefix):
 def test_rules_run_in_the_environments_they_name(standin, tmp_path):
     folder = make_project(tmp_path / "project")
     (folder / "tasks").mkdir()
-    (folder / "tasks/continue.yaml").write_text(TASK)
-    (folder / "tasks/continue.jsonl").write_text('{"text": "This is"}\n{"text": "All of"}\n')
-    # Snakemake itself runs in an environment that has nothing but Snakemake: a rule outside its own would find no torch.
+    (folder / "tasks/continue.yaml").write_text(TASK.format(files=folder / "questions.jsonl"))
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    # Snakemake itself runs in one that has nothing but Snakemake: a rule outside its own would find no torch.
     python = build("workflow", tmp_path / "snakemake", standin)
     extra = ["--use-conda", "--config", "zero_shot={tasks: [continue], task_folder: tasks}"]
     finished = subprocess.run([python, *command(*extra)[1:]], cwd=folder, env=standin, capture_output=True, text=True)
