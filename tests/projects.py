@@ -38,6 +38,7 @@ def snakemake(folder, *arguments, **options):
 
 def make_project(folder):
     """Copy what belongs to the project into `folder`, and make the model, schedule and configuration beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("Snakefile", "workflow", "config", "profiles"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, folder / name)
