@@ -266,6 +266,20 @@ def test_a_mistake_is_one_line_before_the_first_job(fresh, arguments, told):
     assert not (fresh.folder / "results").exists()
 
 
+def test_a_folder_without_write_permission_is_one_line_too(fresh):
+    results = fresh.folder / "results"
+    results.mkdir(mode=0o555)
+    # What a user who is root may do is not to be had otherwise.
+    powerless = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if powerless and not shutil.which("setpriv"):
+        pytest.skip("root may write everywhere")
+    command = [*powerless, sys.executable, "-m", "snakemake", "-j1"]
+    finished = subprocess.run(command, cwd=fresh.folder, capture_output=True, text=True)
+    results.rmdir()
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1].startswith(f"error: {results}: no permission to write here")
+
+
 # --- the rules themselves --------------------------------------------------------------------------------------------
 
 
