@@ -185,10 +185,13 @@ def model_fingerprint():
     return [f"{path.name} {fingerprint(path)}" for path in files]
 
 
+LLAMA_2_7B = 13.5e9
+
+
 def model_size(model):
     """Bytes of the weights of a local model; a hub id counts as Llama-2-7B."""
     files = local_model(model).iterdir() if local_model(model) else []
-    return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin")) or 13.5e9
+    return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin")) or LLAMA_2_7B
 
 
 def text_fingerprint(section):
@@ -209,8 +212,8 @@ MODEL_NAME = Path(config["model"]).name if os.path.isabs(config["model"]) else c
 TRUST = ["--trust-remote-code"] if config["trust_remote_code"] else []
 # `auto` takes a GPU it finds; only `cuda` has a cluster look for one.
 GPUS = int(config["device"] == "cuda")
-# Of the weights, in bytes.
-MODEL_SIZE = model_size(config["model"])
+# As a share of Llama-2-7B.
+MODEL_SIZE = model_size(config["model"]) / LLAMA_2_7B
 # What rules with much to compute ask for: half the cores, since the iterations and the one-shot run are two chains that
 # can go on side by side. A profile's set-threads sets it.
 THREADS = max(1, min(8, (workflow.resource_settings.cores or 16) // 2))
@@ -218,7 +221,12 @@ THREADS = max(1, min(8, (workflow.resource_settings.cores or 16) // 2))
 
 def memory(mb):
     """Memory of a job: `mb` for Llama-2-7B, in proportion for other models, 3000 at least; each retry gets twice as much."""
-    return lambda wildcards, attempt: max(3000, int(mb * MODEL_SIZE / 13.5e9)) * 2 ** (attempt - 1)
+    return lambda wildcards, attempt: max(3000, int(mb * MODEL_SIZE)) * 2 ** (attempt - 1)
+
+
+def minutes(count):
+    """Time of a job: `count` for Llama-2-7B on a GPU, in proportion for other models; an hour at least, at most a day."""
+    return min(max(60, int(count * MODEL_SIZE)), 1440)
 
 
 def texts(section):

@@ -15,7 +15,7 @@ rule evaluate_base:
     threads: THREADS
     resources:
         mem_mb=memory(32000),
-        runtime=120,
+        runtime=minutes(120),
         gpu=GPUS,
     params:
         script=SCRIPTS / "evaluate_base.py",
@@ -52,7 +52,7 @@ rule evaluate:
     threads: THREADS
     resources:
         mem_mb=memory(32000),
-        runtime=120,
+        runtime=minutes(120),
         gpu=GPUS,
     params:
         script=SCRIPTS / "evaluate.py",

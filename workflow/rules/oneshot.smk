@@ -19,7 +19,7 @@ rule prune_oneshot:
     threads: THREADS
     resources:
         mem_mb=memory(32000),
-        runtime=240,
+        runtime=minutes(240),
         gpu=GPUS,
     params:
         script=SCRIPTS / "prune_oneshot.py",

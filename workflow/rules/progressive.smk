@@ -12,7 +12,7 @@ rule base_model:
         "../envs/prune.yaml"
     resources:
         mem_mb=memory(4000),
-        runtime=240,
+        runtime=minutes(240),
     params:
         script=SCRIPTS / "base_model.py",
         code=code_hash("base_model.py"),
@@ -44,7 +44,7 @@ rule calibrate:
     threads: THREADS
     resources:
         mem_mb=memory(16000),
-        runtime=120,
+        runtime=minutes(120),
         gpu=GPUS,
     params:
         script=SCRIPTS / "calibrate.py",
@@ -81,7 +81,7 @@ rule score:
     threads: THREADS
     resources:
         mem_mb=memory(8000),
-        runtime=60,
+        runtime=minutes(60),
     params:
         script=SCRIPTS / "score.py",
         code=code_hash("score.py"),
@@ -109,7 +109,7 @@ rule degrade_dense_to_2_4:
         "../envs/prune.yaml"
     resources:
         mem_mb=memory(4000),
-        runtime=60,
+        runtime=minutes(60),
     params:
         script=SCRIPTS / "degrade_dense_to_2_4.py",
         code=code_hash("degrade_dense_to_2_4.py"),
@@ -144,7 +144,7 @@ rule degrade_2_4_to_topk:
     threads: THREADS
     resources:
         mem_mb=memory(8000),
-        runtime=60,
+        runtime=minutes(60),
     params:
         script=SCRIPTS / "degrade_2_4_to_topk.py",
         code=code_hash("degrade_2_4_to_topk.py"),
@@ -175,7 +175,7 @@ rule finetune:
     threads: THREADS
     resources:
         mem_mb=memory(64000),
-        runtime=2880,
+        runtime=minutes(1440),
         gpu=GPUS,
     params:
         script=SCRIPTS / "finetune.py",

@@ -16,8 +16,8 @@ rule zero_shot:
         "../envs/zero_shot.yaml"
     threads: THREADS
     resources:
-        mem_mb=64000,
-        runtime=480,
+        mem_mb=memory(64000),
+        runtime=minutes(480),
         gpu=GPUS,
     params:
         script=SCRIPTS / "zero_shot.py",
