@@ -15,6 +15,7 @@ CONFIG = {
     "model": "model",
     "device": "cpu",
     "schedule": "schedule.csv",
+    "oneshot": ["three-tier", "wanda-2of4"],
     "calibration": {"samples": 4, "sequence_length": 32, "batch_size": 4},
     "recovery": {
         "sequence_length": 32,

@@ -18,6 +18,7 @@ SEED = 4
 RULES = (
     "base_model",
     "evaluate_base",
+    "prune_oneshot",
     "calibrate",
     "score",
     "degrade_dense_to_2_4",
@@ -26,6 +27,7 @@ RULES = (
     "evaluate",
     "summarize",
     "plot",
+    "compare",
     "html_report",
 )
 
@@ -100,14 +102,14 @@ def in_training(folder):
 
 
 def contents(results):
-    """Hash of each file; those of Snakemake's own, which tell times, are left out."""
-    own = ("logs", "benchmarks", "report.html")
+    """Hash of each file but for those that tell times."""
+    tell_times = ("logs", "benchmarks", "report.html", "compare.csv", "compare.txt")
     paths = [path for path in Path(results).rglob("*") if path.is_file()]
     inside = {path.relative_to(results): path for path in paths}
     return {
         str(name): hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in inside.items()
-        if name.parts[0] not in own
+        if name.parts[0] not in tell_times and name.name != "comparison.svg"
     }
 
 
