@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -15,21 +16,7 @@ import pytest
 from projects import command, make_project, snakemake
 
 SEED = 4
-RULES = (
-    "base_model",
-    "evaluate_base",
-    "prune_oneshot",
-    "calibrate",
-    "score",
-    "degrade_dense_to_2_4",
-    "degrade_2_4_to_topk",
-    "finetune",
-    "evaluate",
-    "summarize",
-    "plot",
-    "compare",
-    "html_report",
-)
+TRAINING = "a training with a checkpoint"
 
 
 # --- ways to end a run -----------------------------------------------------------------------------------------------
@@ -62,40 +49,39 @@ def terminate(main, jobs):
 WAYS = (end_job, end_main, end_both, interrupt, terminate)
 
 
-def strike(folder, due, end, delay, *targets):
-    """Run the workflow, and end it `delay` seconds after `due(jobs)` is true; whether it came to that.
+def strike(folder, choose, end, delay, *targets):
+    """Run the workflow, and end it `delay` seconds after `choose(what is at work)` names something; returns that.
 
-    jobs: the processes that run below Snakemake.
+    None says that the run came to its own end.
     """
     main = psutil.Popen(command(*targets), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while main.poll() is None:
-        if due(main.children(recursive=True)):
+        if chosen := choose(at_work(folder, main)):
             time.sleep(delay)
+            # The job may have ended meanwhile, and the next not have begun.
+            while main.poll() is None and not (jobs := main.children(recursive=True)):
+                time.sleep(0.02)
             with contextlib.suppress(psutil.NoSuchProcess):
-                end(main, main.children(recursive=True))
+                end(main, jobs)
             main.wait()
-            return True
+            return chosen
         time.sleep(0.02)
     assert main.returncode == 0
-    return False
+    return None
 
 
-def running(rule):
-    def due(jobs):
-        return any(f"{rule}.py" in word for job in jobs for word in command_line(job))
-
-    return due
-
-
-def command_line(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def at_work(folder, main):
+    """The rules whose jobs run below Snakemake, and whether a training could be resumed."""
+    found = set()
+    for job in main.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found |= {Path(word).stem for word in job.cmdline() if word.endswith(".log")}
+    resumable = "finetune" in found and any(folder.glob("results/state/**/checkpoint-*"))
+    return found | ({TRAINING} if resumable else set())
 
 
-def in_training(folder):
-    return lambda jobs: any(folder.glob("results/state/**/checkpoint-*"))
+def only(name):
+    return lambda names: name in names and name
 
 
 # --- what it comes to ------------------------------------------------------------------------------------------------
@@ -123,8 +109,8 @@ def goes_on(folder, *targets):
 
 def test_a_run_goes_on(project, tmp_path):
     folder, target = make_project(tmp_path), "results/iter1/eval.json"
-    assert strike(folder, running("degrade_2_4_to_topk"), end_both, 1.0, target)
-    assert strike(folder, in_training(folder), end_main, 0.0, target)
+    assert strike(folder, only("degrade_2_4_to_topk"), end_both, 1.0, target)
+    assert strike(folder, only(TRAINING), end_main, 0.0, target)
     found = goes_on(folder, target)
     expected = contents(project / "results")
     assert found == {name: expected[name] for name in found}
@@ -133,11 +119,16 @@ def test_a_run_goes_on(project, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_everywhere_goes_on(project, tmp_path):
-    folder, chance = make_project(tmp_path), random.Random(SEED)
-    strikes = [(running(rule), way) for rule in RULES for way in chance.sample(WAYS, 2)]
-    strikes += [(in_training(folder), way) for way in chance.sample(WAYS, 4)]
-    struck = [strike(folder, due, way, chance.uniform(0, 3)) for due, way in strikes]
-    assert sum(struck) >= 20
+    folder, chance, struck = make_project(tmp_path), random.Random(SEED), Counter()
+
+    def choose(names):
+        return next((name for name in sorted(names) if struck[name] < 2), None)
+
+    while name := strike(folder, choose, chance.choice(WAYS), chance.uniform(0, 3)):
+        struck[name] += 1
+    rules = {path.stem for path in (project / "results/logs").rglob("*.log")}
+    assert struck.keys() == rules | {TRAINING}
+    assert struck.total() >= 20
     assert goes_on(folder) == contents(project / "results")
 
 
@@ -160,7 +151,7 @@ def test_a_training_left_in_the_middle_is_not_resumed_by_another(project, tmp_pa
     shutil.copytree(project, folder, symlinks=True)
     (folder / "results/iter1/training.json").unlink()
     target, other = "results/iter1/training.json", "recovery={learning_rate: 2.0e-3}"
-    assert strike(folder, in_training(folder), end_both, 0.0, target, "--config", other)
+    assert strike(folder, only(TRAINING), end_both, 0.0, target, "--config", other)
     finished = snakemake(folder, target)
     assert finished.returncode == 0, finished.stderr[-3000:]
     expected = contents(project / "results")
