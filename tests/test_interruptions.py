@@ -59,10 +59,10 @@ def strike(folder, choose, end, delay, *targets):
         if chosen := choose(at_work(folder, main)):
             time.sleep(delay)
             # The job may have ended meanwhile, and the next not have begun.
-            while main.poll() is None and not (jobs := main.children(recursive=True)):
+            while main.poll() is None and not jobs_of(main):
                 time.sleep(0.02)
             with contextlib.suppress(psutil.NoSuchProcess):
-                end(main, jobs)
+                end(main, jobs_of(main))
             main.wait()
             return chosen
         time.sleep(0.02)
@@ -70,10 +70,16 @@ def strike(folder, choose, end, delay, *targets):
     return None
 
 
+def jobs_of(main):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return main.children(recursive=True)
+    return []
+
+
 def at_work(folder, main):
     """The rules whose jobs run below Snakemake, and whether a training could be resumed."""
     found = set()
-    for job in main.children(recursive=True):
+    for job in jobs_of(main):
         with contextlib.suppress(psutil.Error):
             found |= {Path(word).stem for word in job.cmdline() if word.endswith(".log")}
     resumable = "finetune" in found and any(folder.glob("results/state/**/checkpoint-*"))
