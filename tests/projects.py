@@ -15,7 +15,8 @@ CONFIG = {
     "model": "model",
     "device": "cpu",
     "schedule": "schedule.csv",
-    "oneshot": ["three-tier", "wanda-2of4"],
+    "oneshot": ["three-tier", "sparsegpt-2of4"],
+    "oneshot_epochs": 1,
     "calibration": {"samples": 4, "sequence_length": 32, "batch_size": 4},
     "recovery": {
         "sequence_length": 32,
