@@ -46,7 +46,7 @@ def installed(prefix):
     others = sorted(set().union(*OWN.values()) | {"torch", "pytest"})
     code = (
         "import importlib.metadata, importlib.util, json;"
-        "print(json.dumps([{d.name: d.version for d in importlib.metadata.distributions()},"
+        "print(json.dumps([{d.name.replace('-', '_'): d.version for d in importlib.metadata.distributions()},"
         f"[name for name in {others} if importlib.util.find_spec(name)]]))"
     )
     printed = subprocess.run([prefix / "bin/python", "-I", "-c", code], capture_output=True, text=True, check=True)
@@ -75,6 +75,7 @@ def check_environment(file, prefix):
     name = next(path.stem for path in ENVIRONMENTS.glob("*.yaml") if path.read_bytes() == file.read_bytes())
     versions, importable = installed(prefix)
     pins = dict(re.findall(r"- ([\w-]+)==(\S+)", file.read_text()))
+    pins = {name.replace("-", "_"): version for name, version in pins.items()}
     assert {pin: versions[pin].partition("+")[0] for pin in pins} == pins
     torch = ["torch"] if "torch" in pins else []
     assert sorted(importable) == sorted(OWN[name] + torch)

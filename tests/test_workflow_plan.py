@@ -159,6 +159,13 @@ def test_one_iteration_asks_for_those_before_it_and_no_more(fresh):
     assert fresh.plan("results/iter2/eval.json") == expected - {("iter1", "evaluate")}
 
 
+@pytest.mark.parametrize("profile", ["slurm", "cluster-generic"])
+def test_a_cluster_has_the_same_plan(fresh, profile):
+    """Which needs no cluster."""
+    target = "results/iter1/eval.json"
+    assert fresh.plan(target, "--profile", f"profiles/{profile}") == fresh.plan(target)
+
+
 def test_a_long_schedule(fresh):
     """Python's own limit on recursion ends at 96 iterations."""
     rows = [f"{i},{1 - i / 1000},{i / 1000},0,1" for i in range(1, 121)]
