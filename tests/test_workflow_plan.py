@@ -37,7 +37,7 @@ sys.exit()
 MINE = "--configfile=mine.yaml"
 # What Snakemake says on the way to an error of ours.
 PREAMBLE = ("Using workflow specific profile", "Config file ", "Assuming ", "Building DAG")
-ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk", "finetune", "evaluate"}
+ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk", "refit", "finetune", "evaluate"}
 ONE_SHOT = ITERATION - {"calibrate", "score"}
 RUNS = ["oneshot/magnitude-2of4", "oneshot/wanda-2of4", "oneshot/sparsegpt-2of4"]
 RUN = {"prune_oneshot", "finetune", "evaluate"}

@@ -127,6 +127,16 @@ def epochs(step):
     return config["oneshot_epochs"] if is_run(step) else row(step).epochs
 
 
+def is_refitted(step):
+    """Whether a step's pruned model is refitted before it is finetuned."""
+    return config["oneshot_refit"] if is_run(step) else config["refit"]
+
+
+def start_folder(step):
+    """The model that a step's finetuning starts from."""
+    return f"results/{step}/{'refitted' if is_refitted(step) else 'pruned'}_model"
+
+
 # --- what reruns a rule ----------------------------------------------------------------------------------------------
 
 
