@@ -259,10 +259,29 @@ def layer_options(step):
     return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
 
 
-def recovery_flags():
-    """LoRA's options belong to LoRA only: setting its rank must not rerun full finetuning."""
-    lora = config["recovery"]["lora"] if config["recovery"]["method"] == "lora" else {}
-    return section_flags("recovery", "lora") + flags({f"lora_{key}": value for key, value in lora.items()})
+def recovery_flags(step):
+    """How a step is finetuned. What an option belongs to decides who is told: LoRA's rank must not rerun full finetuning.
+
+    The learning rate has one schedule over the iterations: they all warm up, and only the last comes down.
+    """
+    recovery = dict(config["recovery"])
+    lora, distill = recovery.pop("lora"), recovery.pop("distill")
+    keep_adapter = lora["keep_adapter"]
+    lora = {f"lora_{key}": value for key, value in lora.items() if key != "keep_adapter"}
+    del recovery["text"]
+    if not step.startswith("oneshot/") and row(step) is not SCHEDULE[-1]:
+        recovery["learning_rate_schedule"] = "constant"
+    words = flags(recovery)
+    if recovery["method"] == "lora":
+        words += flags(lora) + (flags({"output_adapter": f"results/{step}/adapter"}) if keep_adapter else [])
+    if distills(step):
+        words += flags({f"distill_{key}": value for key, value in distill.items()} | {"teacher": model_folder("iter0")})
+    return words
+
+
+def distills(step):
+    """Whether a step's finetuning learns from the base model too."""
+    return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
 
 
 def figure(name, category="Figures"):

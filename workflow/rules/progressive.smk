@@ -203,6 +203,7 @@ rule finetune:
     input:
         model=lambda wildcards: f"{start_folder(wildcards.step)}/model.safetensors.index.json",
         masks=lambda wildcards: masks(wildcards.step),
+        teacher=lambda wildcards: model_ready("iter0") if distills(wildcards.step) else [],
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",
@@ -216,7 +217,7 @@ rule finetune:
     resources:
         mem_mb=64000,
         runtime=2880,
-        gpu=GPUS,
+        gpu=GPUS * config["recovery"]["processes"],
     params:
         script=SCRIPTS / "finetune.py",
         code=code_hash("finetune.py"),
@@ -225,7 +226,7 @@ rule finetune:
         epochs=lambda wildcards: epochs(wildcards.step),
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
-        options=recovery_flags(),
+        options=lambda wildcards: recovery_flags(wildcards.step),
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
@@ -236,4 +237,5 @@ rule finetune:
         "python {params.script} --model {params.start} --masks {input.masks} --step {wildcards.step}"
         " --epochs {params.epochs} --text {params.text:q} {params.options:q} --seed {params.seed}"
         " --device {params.device} {params.trust} --state results/state/{wildcards.step}"
+        " --tensorboard results/logs/{wildcards.step}/tensorboard"
         " --output-model {params.finetuned} --output-log {output.training} --log {log}"
