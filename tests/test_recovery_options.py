@@ -148,6 +148,37 @@ def test_tensorboard_reads_the_curves_of_the_log(pruned):  # noqa: F811
         assert found == pytest.approx({row["step"]: row[name] for row in log if name in row})
 
 
+# ---------------------------------------------------------------- one schedule over several steps
+
+
+def test_going_on_with_the_moments_is_going_on(tmp_path):
+    constant = {
+        "learning_rate_schedule": "constant",
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "evaluation_steps": 1,
+    }
+    four = WINDOWS[:4]
+
+    def train(model, masks, name, epochs, warmup_steps, moments=None):
+        wanted = RecoverySettings(**(SETTINGS | constant | {"epochs": epochs, "warmup_steps": warmup_steps}))
+        (tmp_path / name).mkdir()
+        return recover(model, masks, four, four, wanted, tmp_path / name, moments=moments)
+
+    model = tiny_llama()
+    masks = prune(model)
+    at_once = train(model, masks, "at once", 4, 1)
+    model = tiny_llama()
+    prune(model)
+    first = train(model, masks, "first", 3, 1)
+    second = train(first.model, masks, "second", 1, 0, first.moments)
+    assert {key.split(" ")[1] for key in first.moments} == {"step", "exp_avg", "exp_avg_sq"}
+    for name, weight in at_once.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], weight, rtol=0, atol=1e-7)
+    for key, value in at_once.moments.items():
+        torch.testing.assert_close(second.moments[key], value)
+
+
 # ---------------------------------------------------------------- several processes
 
 

@@ -260,23 +260,34 @@ def layer_options(step):
 
 
 def recovery_flags(step):
-    """How a step is finetuned. What an option belongs to decides who is told: LoRA's rank must not rerun full finetuning.
-
-    The learning rate has one schedule over the iterations: they all warm up, and only the last comes down.
-    """
+    """How a step is finetuned. Who an option belongs to is told it: LoRA's rank must not rerun full finetuning."""
     recovery = dict(config["recovery"])
-    lora, distill = recovery.pop("lora"), recovery.pop("distill")
-    keep_adapter = lora["keep_adapter"]
-    lora = {f"lora_{key}": value for key, value in lora.items() if key != "keep_adapter"}
+    lora, distill, one_schedule = (recovery.pop(key) for key in ("lora", "distill", "one_schedule"))
     del recovery["text"]
-    if not step.startswith("oneshot/") and row(step) is not SCHEDULE[-1]:
-        recovery["learning_rate_schedule"] = "constant"
-    words = flags(recovery)
+    if one_schedule and not step.startswith("oneshot/"):
+        recovery |= one_schedule_options(step)
     if recovery["method"] == "lora":
-        words += flags(lora) + (flags({"output_adapter": f"results/{step}/adapter"}) if keep_adapter else [])
+        recovery |= {f"lora_{key}": value for key, value in lora.items() if key != "keep_adapter"}
+        recovery |= {"output_adapter": f"results/{step}/adapter"} if lora["keep_adapter"] else {}
     if distills(step):
-        words += flags({f"distill_{key}": value for key, value in distill.items()} | {"teacher": model_folder("iter0")})
-    return words
+        recovery |= {f"distill_{key}": value for key, value in distill.items()} | {"teacher": model_folder("iter0")}
+    return flags(recovery)
+
+
+def one_schedule_options(step):
+    """One schedule over the iterations: the first warms up, the last comes down, and the optimizer goes on in between.
+
+    An iteration asks for nothing of later rows but whether there are any, so that an edited row reruns it and later ones.
+    LoRA's adapter is a new one in every iteration, and so is its optimizer.
+    """
+    options = {}
+    if row(step) is not SCHEDULE[-1]:
+        options["learning_rate_schedule"] = "constant"
+        if config["recovery"]["method"] == "full":
+            options["output_optimizer"] = f"results/{step}/optimizer.safetensors"
+    if row(step) is not SCHEDULE[0] and config["recovery"]["method"] == "full":
+        options |= {"warmup_steps": 0, "optimizer": f"results/{previous(step)}/optimizer.safetensors"}
+    return options
 
 
 def distills(step):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint
+from stepdown.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
 from stepdown.decoder import choose_device, stored_names
 from stepdown.distillation import load_teacher
 from stepdown.errors import UserError
@@ -41,6 +41,8 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
     if arguments.epochs == 0:
+        if arguments.output_optimizer:
+            save_tensors(_read_moments(arguments.optimizer), arguments.output_optimizer, step.identity)
         pass_on_checkpoint(arguments.model, arguments.output_model)
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
@@ -55,6 +57,8 @@ def main(arguments: argparse.Namespace) -> None:
     inputs = [arguments.masks, arguments.model / "config.json", *weight_files(arguments.model)]
     if settings.distill_weight > 0:
         inputs += weight_files(arguments.teacher)
+    if arguments.optimizer:
+        inputs.append(arguments.optimizer)
     started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
         last_checkpoint(state)  # Removes what is unfinished, before several processes look there.
@@ -82,9 +86,22 @@ def _finetune(
     teacher = None
     if settings.distill_weight > 0:
         teacher = load_teacher(arguments.teacher, device, arguments.trust_remote_code)
-    folders = {"tensorboard": arguments.tensorboard, "adapter": arguments.output_adapter}
-    recovery = recover(model, masks, windows, evaluation_windows, settings, state, device, teacher, **folders)
+    recovery = recover(
+        model,
+        masks,
+        windows,
+        evaluation_windows,
+        settings,
+        state,
+        device,
+        teacher,
+        _read_moments(arguments.optimizer),
+        tensorboard=arguments.tensorboard,
+        adapter=arguments.output_adapter,
+    )
     if is_first():
+        if arguments.output_optimizer:
+            save_tensors(recovery.moments, arguments.output_optimizer, step.identity)
         _save(recovery, step.identity, stored, arguments.model, arguments.output_model)
         _write_log(
             arguments,
@@ -111,6 +128,11 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     count = arguments.epochs * max(1, arguments.tokens_per_epoch // length)
     windows = training_windows(text, tokenizer, "train", length, count, arguments.seed + iteration)
     return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
+
+
+def _read_moments(path: Path | None) -> dict[str, Tensor]:
+    """What the optimizer of the step before remembers; nothing before the first."""
+    return load_tensors(path)[0] if path else {}
 
 
 def _keep_masks(model: PreTrainedModel, step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
@@ -183,6 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of a training in progress; gone at the end")
     parser.add_argument("--teacher", type=Path, help="folder of the dense model, to distill from")
+    parser.add_argument("--optimizer", type=Path, help="moments of the step before, to go on with")
+    parser.add_argument("--output-optimizer", type=Path, help="file for the optimizer's moments after the last step")
     parser.add_argument("--tensorboard", type=Path, help="folder for learning curves as TensorBoard reads them")
     parser.add_argument("--output-adapter", type=Path, help="folder for LoRA's adapter, which is merged either way")
     parser.add_argument("--output-model", type=Path, required=True)

@@ -32,6 +32,8 @@ from .lora import ALL_LINEAR, add_masked_adapter, save_adapter
 from .processes import is_first
 
 METHODS = ("full", "lora")
+# What AdamW keeps of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Our names of the learning-rate schedules, and the Trainer's.
 LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -110,13 +112,15 @@ class Recovery:
     """What finetuning came to: the model as it was at its best evaluation after the first step, and how it got there.
 
     log: rows {"step", "epoch", "loss", "learning_rate"} of every step and {"step", "epoch", "eval_loss"} of every
-    evaluation, the one before the first step included; tokens: trained on, all epochs together.
+    evaluation, the one before the first step included; tokens: trained on, all epochs together; moments: of the
+    optimizer after the last step, see `moments_of`.
     """
 
     model: PreTrainedModel
     log: list[dict[str, float]]
     steps: int
     tokens: int
+    moments: dict[str, Tensor]
 
     @property
     def evaluations(self) -> dict[int, float]:
@@ -141,15 +145,16 @@ def recover(
     state: Path,
     device: str = "cpu",
     teacher: nn.Module | None = None,
+    moments: Mapping[str, Tensor] | None = None,
     tensorboard: Path | None = None,
     adapter: Path | None = None,
 ) -> Recovery:
     """Finetune a float32 model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
 
     `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
-    `cuda`; teacher: the dense model, where `distill_weight` is above 0; tensorboard: folder for the learning curves;
-    adapter: folder for LoRA's, which is merged either way. Raises UserError when there is no text, when LoRA targets
-    match nothing, and when the loss is not finite.
+    `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
+    tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way. Raises
+    UserError when there is no text, when LoRA targets match nothing, and when the loss is not finite.
     """
     for name, given in (("training", windows), ("evaluation", evaluation_windows)):
         if len(given) == 0:
@@ -164,6 +169,7 @@ def recover(
         # An adapter's own mask does all there is to do.
         {} if settings.method == "lora" else keep_masks,
         settings.distillation(teacher),
+        moments,
         model=model,
         args=_training_arguments(settings, state, device),
         train_dataset=_Windows(windows),
@@ -177,7 +183,8 @@ def recover(
     check_pruned_are_zero(model, keep_masks)
     log = _curve(trainer.state.log_history)
     tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
-    return Recovery(model, log, trainer.state.global_step, min(tokens, settings.epochs * windows.numel()))
+    tokens = min(tokens, settings.epochs * windows.numel())
+    return Recovery(model, log, trainer.state.global_step, tokens, moments_of(trainer))
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:
@@ -212,8 +219,15 @@ class _MaskedTrainer(Trainer):
     well makes it hold whatever the optimizer.
     """
 
-    def __init__(self, keep_masks: Mapping[str, Tensor], distillation: Distillation | None = None, **arguments) -> None:
+    def __init__(
+        self,
+        keep_masks: Mapping[str, Tensor],
+        distillation: Distillation | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+        **arguments,
+    ) -> None:
         super().__init__(**arguments)
+        self._moments = moments or {}
         self._distillation = distillation
         if distillation:
             # Its loss is a mean over the tokens of a batch, and windows are equally long.
@@ -247,6 +261,10 @@ class _MaskedTrainer(Trainer):
     def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments, **keywords)
         optimizer.register_step_post_hook(self._mask_weights)
+        for name, parameter in self.model.named_parameters():
+            state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
+            if state:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
         return optimizer
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -374,6 +392,8 @@ def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard
     early_stop = _EarlyStop(patience)
     if early_stop.is_due(done.log_history):
         trainer.state = done
+        trainer.create_optimizer()
+        trainer.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
         trainer._load_best_model()
         return
     trainer.add_callback(early_stop)
@@ -386,6 +406,13 @@ def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard
     except torch.OutOfMemoryError as error:
         batch_size = trainer.args.per_device_train_batch_size
         raise UserError(f"recovery: out of memory at batch_size {batch_size}: lower it, or sequence_length") from error
+
+
+def moments_of(trainer: Trainer) -> dict[str, Tensor]:
+    """What AdamW remembers of each parameter, by "name key": its two moments and the number of steps, on the CPU."""
+    state = trainer.optimizer.state
+    parameters = trainer.model.named_parameters()
+    return {f"{name} {key}": state[p][key].cpu() for name, p in parameters if p in state for key in MOMENTS}
 
 
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
