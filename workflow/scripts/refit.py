@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
     dense, pruned = (
-        open_decoder(folder, arguments.device, arguments.trust_remote_code)
+        open_decoder(folder, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
         for folder in (arguments.dense_model, arguments.model)
     )
     masks = read_step_masks(arguments.masks, pruned.checkpoint)
@@ -31,6 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     cli.add_model_arguments(parser)
+    cli.add_hidden_states_argument(parser)
     parser.add_argument("--dense-model", type=Path, required=True, help="folder of the model it was pruned from")
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or the report of a one-shot run")
     parser.add_argument("--damping", type=float, default=0.01, help="hold to the pruned weights (default: %(default)s)")
