@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ import finetune
 from stepdown import recovery
 from stepdown.checkpoint import Checkpoint
 from stepdown.errors import UserError
-from stepdown.recovery import MaskedLoraLinear, RecoverySettings, match_targets, recover, training_state
+from stepdown.lora import MaskedLoraLinear, add_masked_adapter, match_targets
+from stepdown.recovery import RecoverySettings, recover, training_state
 from stepdown.tier_maps import TierMap, dense_tier_map, write_tier_map
 from stepdown.tiers import keep_mask
 
@@ -183,7 +185,7 @@ def test_a_masked_adapter_is_merged_to_the_bit(rows, columns, rank, bias, seed):
     base = nn.Linear(columns, rows, bias=bias)
     keep = torch.rand(rows, columns) < 0.5
     base.weight.data.mul_(keep)
-    config = recovery.peft.LoraConfig(r=rank, lora_alpha=7)
+    config = LoraConfig(r=rank, lora_alpha=7)
     layer = MaskedLoraLinear(base, "default", config=config, r=rank, lora_alpha=7)
     layer.keep = keep
     nn.init.normal_(layer.lora_B["default"].weight)
@@ -199,7 +201,7 @@ def test_a_masked_adapter_is_merged_to_the_bit(rows, columns, rank, bias, seed):
 def test_a_merged_model_computes_what_was_trained(bf16):
     model = tiny_llama()
     masks = prune(model)
-    adapted = recovery.add_masked_adapter(model, masks, RecoverySettings(**SETTINGS))
+    adapted = add_masked_adapter(model, masks, ["all-linear"], rank=4, alpha=16, dropout=0.0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -216,7 +218,7 @@ def test_a_merged_model_computes_what_was_trained(bf16):
 
 def test_dropout_acts_on_the_adapter_alone():
     torch.manual_seed(0)
-    config = recovery.peft.LoraConfig(r=2, lora_dropout=0.999999)
+    config = LoraConfig(r=2, lora_dropout=0.999999)
     layer = MaskedLoraLinear(nn.Linear(8, 8), "default", config=config, r=2)
     nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(4, 8)

@@ -41,7 +41,7 @@ sys.exit()
 MINE = "--configfile=mine.yaml"
 # What Snakemake says on the way to an error of ours.
 PREAMBLE = ("Using workflow specific profile", "Config file ", "Assuming ", "Building DAG")
-ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk", "finetune", "evaluate"}
+ITERATION = {"calibrate", "score", "degrade_dense_to_2_4", "degrade_2_4_to_topk", "refit", "finetune", "evaluate"}
 ONE_SHOT = ITERATION - {"calibrate", "score"}
 RUNS = ["oneshot/magnitude-2of4", "oneshot/wanda-2of4", "oneshot/sparsegpt-2of4"]
 RUN = {"prune_oneshot", "finetune", "evaluate"}
@@ -164,6 +164,40 @@ def test_a_cluster_has_the_same_plan(fresh, profile):
     """Which needs no cluster."""
     target = "results/iter1/eval.json"
     assert fresh.plan(target, "--profile", f"profiles/{profile}") == fresh.plan(target)
+
+
+def finetuning(project, *arguments):
+    """Step -> the options its finetuning is given, as one text."""
+    printed = project.run("--dry-run", "--printshellcmds", "--forceall", *arguments)
+    commands = [line for line in printed.splitlines() if "workflow/scripts/finetune.py" in line]
+    return {re.search(r" --step (\S+)", command)[1]: command for command in commands}
+
+
+def test_the_iterations_have_one_learning_rate_schedule(fresh):
+    told = finetuning(fresh)
+    for step, (warm_up, schedule, before, after) in {
+        "iter1": (4, "constant", None, "iter1"),
+        "iter3": (0, "constant", "iter2", "iter3"),
+        "iter5": (0, "cosine", "iter4", None),
+        "oneshot/three-tier": (4, "cosine", None, None),
+    }.items():
+        assert f"--warmup-steps {warm_up} --learning-rate-schedule {schedule} " in told[step]
+        for option, other in (("--optimizer", before), ("--output-optimizer", after)):
+            assert (f" {option} results/{other}/optimizer.safetensors" in told[step]) == (other is not None)
+    restarted = finetuning(fresh, "--config", "recovery={one_schedule: false}")
+    assert all("--learning-rate-schedule cosine" in command for command in restarted.values())
+    assert not any("optimizer.safetensors" in command for command in restarted.values())
+
+
+def test_distillation_is_off_or_on_by_row(fresh, tmp_path):
+    rows = ["iteration,dense,mid_2_4,topk,epochs,distill", "1,0.9,0.1,0,1,no", "2,0.8,0.2,0,1,yes", "3,0.7,0.3,0,1,"]
+    (fresh.folder / "by_row.csv").write_text("\n".join(rows))
+    told = finetuning(fresh, "--config", "schedule=by_row.csv")
+    assert {step for step, command in told.items() if "--teacher results/iter0/model" in command} == told.keys() - {
+        "iter1"
+    }
+    told = finetuning(fresh, "--config", "schedule=by_row.csv", "recovery={distill: {weight: 0}}")
+    assert not any("--teacher" in command or "--distill" in command for command in told.values())
 
 
 def test_a_long_schedule(fresh):

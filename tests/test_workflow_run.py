@@ -21,7 +21,7 @@ def result(project, step, name="eval.json"):
 
 
 @pytest.mark.parametrize(("step", "row"), [("iter1", 0), ("iter2", 1), ("oneshot/three-tier", 1)])
-@pytest.mark.parametrize("model", ["pruned_model", "finetuned_model"])
+@pytest.mark.parametrize("model", ["pruned_model", "refitted_model", "finetuned_model"])
 def test_tiers_hold_in_every_matrix_of_every_checkpoint(project, step, row, model):
     folder = project / "results" / step
     tier_map, checkpoint = read_tier_map(folder / "tier_map.safetensors"), Checkpoint(folder / model)

@@ -132,6 +132,16 @@ def epochs(step):
     return config["oneshot_epochs"] if is_run(step) else row(step).epochs
 
 
+def is_refitted(step):
+    """Whether a step's pruned model is refitted before it is finetuned."""
+    return config["oneshot_refit"] if is_run(step) else config["refit"]
+
+
+def start_folder(step):
+    """The model that a step's finetuning starts from."""
+    return f"results/{step}/{'refitted' if is_refitted(step) else 'pruned'}_model"
+
+
 # --- what reruns a rule ----------------------------------------------------------------------------------------------
 
 
@@ -275,10 +285,40 @@ def layer_options(step):
     return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
 
 
-def recovery_flags():
-    """LoRA's options belong to LoRA only: setting its rank must not rerun full finetuning."""
-    lora = config["recovery"]["lora"] if config["recovery"]["method"] == "lora" else {}
-    return section_flags("recovery", "lora") + flags({f"lora_{key}": value for key, value in lora.items()})
+def recovery_flags(step):
+    """How a step is finetuned. Who an option belongs to is told it: LoRA's rank must not rerun full finetuning."""
+    recovery = dict(config["recovery"])
+    lora, distill, one_schedule = (recovery.pop(key) for key in ("lora", "distill", "one_schedule"))
+    del recovery["text"]
+    if one_schedule and not step.startswith("oneshot/"):
+        recovery |= one_schedule_options(step)
+    if recovery["method"] == "lora":
+        recovery |= {f"lora_{key}": value for key, value in lora.items() if key != "keep_adapter"}
+        recovery |= {"output_adapter": f"results/{step}/adapter"} if lora["keep_adapter"] else {}
+    if distills(step):
+        recovery |= {f"distill_{key}": value for key, value in distill.items()} | {"teacher": model_folder("iter0")}
+    return flags(recovery)
+
+
+def one_schedule_options(step):
+    """One schedule over the iterations: the first warms up, the last comes down, and the optimizer goes on in between.
+
+    An iteration asks for nothing of later rows but whether there are any, so that an edited row reruns it and later ones.
+    LoRA's adapter is a new one in every iteration, and so is its optimizer.
+    """
+    options = {}
+    if row(step) is not SCHEDULE[-1]:
+        options["learning_rate_schedule"] = "constant"
+        if config["recovery"]["method"] == "full":
+            options["output_optimizer"] = f"results/{step}/optimizer.safetensors"
+    if row(step) is not SCHEDULE[0] and config["recovery"]["method"] == "full":
+        options |= {"warmup_steps": 0, "optimizer": f"results/{previous(step)}/optimizer.safetensors"}
+    return options
+
+
+def distills(step):
+    """Whether a step's finetuning learns from the base model too."""
+    return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
 
 
 def figure(name, category="Figures"):

@@ -37,6 +37,9 @@ rule evaluate_base:
 rule evaluate:
     input:
         pruned="results/{step}/pruned_model/model.safetensors.index.json",
+        refitted=lambda wildcards: (
+            f"{start_folder(wildcards.step)}/model.safetensors.index.json" if is_refitted(wildcards.step) else []
+        ),
         finetuned="results/{step}/finetuned_model/model.safetensors.index.json",
         masks=lambda wildcards: masks(wildcards.step),
         training="results/{step}/training.json",
@@ -58,6 +61,9 @@ rule evaluate:
         script=SCRIPTS / "evaluate.py",
         code=code_hash("evaluate.py"),
         pruned=subpath(input.pruned, parent=True),
+        refitted=lambda wildcards: (
+            flags({"refitted_model": start_folder(wildcards.step)}) if is_refitted(wildcards.step) else []
+        ),
         finetuned=subpath(input.finetuned, parent=True),
         name=MODEL_NAME,
         texts=text_arguments("evaluation"),
@@ -68,7 +74,7 @@ rule evaluate:
     message:
         "{wildcards.step}: evaluating the pruned and the finetuned model"
     shell:
-        "python {params.script} --pruned-model {params.pruned} --finetuned-model {params.finetuned}"
+        "python {params.script} --pruned-model {params.pruned} {params.refitted} --finetuned-model {params.finetuned}"
         " --masks {input.masks} --training {input.training} --base-eval {input.base}"
         " --step {wildcards.step} --model-name {params.name:q} --text {params.texts:q} {params.options}"
         " --device {params.device} {params.trust} --output {output} --log {log}"

@@ -1,4 +1,4 @@
-# One step: calibrate, score, degrade twice, finetune. The same rules make the iterations and the one-shot run.
+# One step: calibrate, score, degrade twice, refit, finetune. The same rules make the iterations and the one-shot run.
 
 
 rule base_model:
@@ -159,10 +159,51 @@ rule degrade_2_4_to_topk:
         " --output-tier-map {output.tier_map} --output-model {params.pruned} --log {log}"
 
 
-rule finetune:
+rule refit:
     input:
+        dense=lambda wildcards: model_ready(previous(wildcards.step)),
         model="results/{step}/pruned_model/model.safetensors.index.json",
         masks=lambda wildcards: masks(wildcards.step),
+    output:
+        "results/{step}/refitted_model/model.safetensors.index.json",
+    log:
+        "results/logs/{step}/refit.log",
+    benchmark:
+        "results/benchmarks/{step}/refit.jsonl"
+    wildcard_constraints:
+        step=r"iter[1-9]\d*|oneshot/[^/]+",
+    conda:
+        "../envs/prune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=32000,
+        runtime=240,
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "refit.py",
+        code=code_hash("refit.py"),
+        dense=lambda wildcards: model_folder(previous(wildcards.step)),
+        pruned=subpath(input.model, parent=True),
+        refitted=subpath(output[0], parent=True),
+        text=text_arguments("calibration"),
+        text_content=text_fingerprint("calibration"),
+        options=section_flags("calibration"),
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+    message:
+        "{wildcards.step}: refitting what was kept"
+    shell:
+        "python {params.script} --dense-model {params.dense} --model {params.pruned} --masks {input.masks}"
+        " --text {params.text:q} {params.options} --seed {params.seed} --device {params.device} {params.trust}"
+        " --output-model {params.refitted} --log {log}"
+
+
+rule finetune:
+    input:
+        model=lambda wildcards: f"{start_folder(wildcards.step)}/model.safetensors.index.json",
+        masks=lambda wildcards: masks(wildcards.step),
+        teacher=lambda wildcards: model_ready("iter0") if distills(wildcards.step) else [],
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",
@@ -176,16 +217,16 @@ rule finetune:
     resources:
         mem_mb=memory(64000),
         runtime=minutes(1440),
-        gpu=GPUS,
+        gpu=GPUS * config["recovery"]["processes"],
     params:
         script=SCRIPTS / "finetune.py",
         code=code_hash("finetune.py"),
-        pruned=subpath(input.model, parent=True),
+        start=lambda wildcards: start_folder(wildcards.step),
         finetuned=subpath(output.model, parent=True),
         epochs=lambda wildcards: epochs(wildcards.step),
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
-        options=recovery_flags(),
+        options=lambda wildcards: recovery_flags(wildcards.step),
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
@@ -193,7 +234,8 @@ rule finetune:
         "{wildcards.step}: finetuning, {params.epochs} epochs"
     # The state of a training that was interrupted stands beside the outputs, which Snakemake deletes before it starts again.
     shell:
-        "python {params.script} --model {params.pruned} --masks {input.masks} --step {wildcards.step}"
+        "python {params.script} --model {params.start} --masks {input.masks} --step {wildcards.step}"
         " --epochs {params.epochs} --text {params.text:q} {params.options:q} --seed {params.seed}"
         " --device {params.device} {params.trust} --state results/state/{wildcards.step}"
+        " --tensorboard results/logs/{wildcards.step}/tensorboard"
         " --output-model {params.finetuned} --output-log {output.training} --log {log}"

@@ -1,4 +1,4 @@
-"""Evaluate a step: perplexity of its pruned and its finetuned model, sparsity by tier and matrix, the protocol."""
+"""Evaluate a step: perplexity once pruned, refitted and finetuned, sparsity by tier and matrix, the protocol."""
 
 import argparse
 import json
@@ -12,13 +12,17 @@ def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
     base = json.loads(arguments.base_eval.read_text())["perplexity"]
     training = json.loads(arguments.training.read_text())
-    evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, arguments.pruned_model)
+    folders = {"pruned": arguments.pruned_model, "refitted": arguments.refitted_model}
+    folders = {when: folder for when, folder in folders.items() if folder}
+    for folder in folders.values():
+        evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, folder)
     result = evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, arguments.finetuned_model)
-    pruned = evaluation.perplexities(arguments.pruned_model, settings)
-    # Without epochs the finetuned model is the pruned one.
-    finetuned = evaluation.perplexities(arguments.finetuned_model, settings) if training["epochs"] else pruned
+    found = {when: evaluation.perplexities(folder, settings) for when, folder in folders.items()}
+    # Without epochs the finetuned model is the one before it.
+    last = list(found.values())[-1]
+    found["finetuned"] = evaluation.perplexities(arguments.finetuned_model, settings) if training["epochs"] else last
     result["perplexity"] = {
-        text: {"base": base[text]["base"], "pruned": pruned[text], "finetuned": finetuned[text]} for text in pruned
+        text: {"base": base[text]["base"], **{when: values[text] for when, values in found.items()}} for text in last
     }
     result["finetuning"] = {key: training[key] for key in ("method", "epochs", "tokens")}
     write_json(arguments.output, result | {"protocol": evaluation.protocol(settings)})
@@ -27,6 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pruned-model", type=Path, required=True)
+    parser.add_argument("--refitted-model", type=Path)
     parser.add_argument("--finetuned-model", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True, help="training.json of the finetuned model")
     parser.add_argument("--base-eval", type=Path, required=True, help="eval.json of the base model, same settings")

@@ -10,17 +10,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint
+from stepdown.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
 from stepdown.decoder import choose_device, stored_names
+from stepdown.distillation import load_teacher
 from stepdown.errors import UserError
 from stepdown.files import check_length, weight_files, write_json
 from stepdown.linears import as_linears_
+from stepdown.processes import check_processes, is_first, run_in_processes
 from stepdown.recovery import (
     LEARNING_RATE_SCHEDULES,
     METHODS,
     Recovery,
     RecoverySettings,
     fingerprint,
+    last_checkpoint,
     recover,
     training_state,
 )
@@ -36,24 +39,67 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
     if arguments.epochs == 0:
+        if arguments.output_optimizer:
+            save_tensors(_read_moments(arguments.optimizer), arguments.output_optimizer, step.identity)
         pass_on_checkpoint(arguments.model, arguments.output_model)
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
-    device = choose_device(arguments.device).type
+    if settings.distill_weight > 0 and arguments.teacher is None:
+        raise UserError("--distill-weight: there is no teacher to learn from; name its folder with --teacher")
+    device = choose_device(arguments.device, settings.processes).type
+    check_processes(settings.processes, device)
     windows, evaluation_windows = _read_text(arguments, step.iteration)
     if arguments.tokens_per_epoch is not None:
         settings = replace(settings, epochs=1)  # The windows are those of all epochs.
     inputs = [arguments.masks, arguments.model / "config.json", *weight_files(arguments.model)]
+    if settings.distill_weight > 0:
+        inputs += weight_files(arguments.teacher)
+    if arguments.optimizer:
+        inputs.append(arguments.optimizer)
     started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
-        )
-        as_linears_(model)
-        stored = _stored_names(model, checkpoint)
-        masks = _keep_masks(model, step, stored)
-        recovery = recover(model, masks, windows, evaluation_windows, settings, state, device)
+        last_checkpoint(state)  # Removes what is unfinished, before several processes look there.
+        run_in_processes(_finetune, settings.processes, arguments, settings, windows, evaluation_windows, state, device)
+
+
+def _finetune(
+    arguments: argparse.Namespace,
+    settings: RecoverySettings,
+    windows: Tensor,
+    evaluation_windows: Tensor,
+    state: Path,
+    device: str,
+) -> None:
+    """Train the model of the command line, in this process and those beside it, and write what came of it."""
+    _quiet_libraries()
+    checkpoint = Checkpoint(arguments.model)
+    step = read_step_masks(arguments.masks, checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
+    )
+    as_linears_(model)
+    stored = _stored_names(model, checkpoint)
+    masks = _keep_masks(model, step, stored)
+    teacher = None
+    if settings.distill_weight > 0:
+        teacher = load_teacher(arguments.teacher, device, arguments.trust_remote_code)
+    recovery = recover(
+        model,
+        masks,
+        windows,
+        evaluation_windows,
+        settings,
+        state,
+        device,
+        teacher,
+        _read_moments(arguments.optimizer),
+        tensorboard=arguments.tensorboard,
+        adapter=arguments.output_adapter,
+    )
+    if is_first():
+        if arguments.output_optimizer:
+            save_tensors(recovery.moments, arguments.output_optimizer, step.identity)
         _save(recovery, step.identity, stored, arguments.model, arguments.output_model)
         _write_log(
             arguments,
@@ -80,6 +126,11 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     count = arguments.epochs * max(1, arguments.tokens_per_epoch // length)
     windows = training_windows(text, tokenizer, "train", length, count, arguments.seed + iteration)
     return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
+
+
+def _read_moments(path: Path | None) -> dict[str, Tensor]:
+    """What the optimizer of the step before remembers; nothing before the first."""
+    return load_tensors(path)[0] if path else {}
 
 
 def _keep_masks(model: PreTrainedModel, step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
@@ -143,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens-per-epoch", type=int, help="default: the whole text")
     _add_settings(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of a training in progress; gone at the end")
+    parser.add_argument("--teacher", type=Path, help="folder of the dense model, to distill from")
+    parser.add_argument("--optimizer", type=Path, help="moments of the step before, to go on with")
+    parser.add_argument("--output-optimizer", type=Path, help="file for the optimizer's moments after the last step")
+    parser.add_argument("--tensorboard", type=Path, help="folder for learning curves as TensorBoard reads them")
+    parser.add_argument("--output-adapter", type=Path, help="folder for LoRA's adapter, which is merged either way")
     parser.add_argument("--output-model", type=Path, required=True)
     parser.add_argument("--output-log", type=Path, required=True)
     return parser

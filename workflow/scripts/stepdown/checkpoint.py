@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -182,6 +183,33 @@ def write_index(
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def rewriting_layers(
+    source: Checkpoint, target: Path | str, identity: dict[str, str]
+) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+    """Write `target` as `source` with matrices changed in the order of the model's layers, by name of their linears.
+
+    Yields what takes the new weights of a layer; the checkpoint is written when the block ends. Layers are walked in
+    the order of the model and written in the order of their names, so they wait on disk in between.
+    """
+    target, file_of = Path(target), {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+
+        def put_aside(weights: dict[str, Tensor]) -> None:
+            tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+            file = Path(waiting) / f"{len(file_of)}.safetensors"
+            save_tensors(tensors, file, {})
+            file_of.update(dict.fromkeys(tensors, file))
+
+        def replace(tensors: dict[str, Tensor]) -> None:
+            for file in {file_of[name] for name in tensors if name in file_of}:
+                tensors.update(load_tensors(file)[0])
+
+        yield put_aside
+        rewrite_checkpoint(source, target, replace, identity)
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,10 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return stored
 
 
-def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one; of several it is one that no other job has."""
+def choose_device(device: str, count: int = 1) -> torch.device:
+    """`auto` is a GPU where there is one; of several it is one that no other job has, or `count` of them."""
     if device != "cpu":
-        claim_gpus()
+        claim_gpus(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -157,16 +158,18 @@ class LayerWalk:
                 self.states.append(state.to(decoder.states_device))
                 self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
 
-    def layers(self, description: str) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
+    def layers(self, description: str | None) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
         """Yield each layer's name, the loaded layer and `replay(advance=True)`, which runs every batch through it.
 
-        Hook or change the layer before replaying it; with `advance=False` the outputs are dropped and the states stay.
+        Hook or change the layer before replaying it; with `advance=False` the outputs are dropped and the states stay,
+        and `batch=3` replays that batch alone.
         A layer must be replayed with `advance=True` once: its outputs are what the next layer sees.
         """
-        for place, layer in enumerate(progress(self.decoder.layers, description)):
+        layers = progress(self.decoder.layers, description) if description else self.decoder.layers
+        for place, layer in enumerate(layers):
             name = f"{self.decoder.layers_name}.{place}"
             load_module(self.decoder, layer, name)
-            yield name, layer, lambda advance=True, place=place: self._replay(place, advance)
+            yield name, layer, partial(self._replay, place)
             layer.to("meta")
 
     @torch.no_grad()
@@ -180,11 +183,11 @@ class LayerWalk:
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
 
     @torch.no_grad()
-    def _replay(self, place: int, advance: bool) -> None:
+    def _replay(self, place: int, advance: bool = True, batch: int | None = None) -> None:
         layer = self.decoder.layers[place]
-        for number, (state, calls) in enumerate(zip(self.states, self._calls, strict=True)):
-            arguments, keywords = calls[place]
-            output = layer(state.to(self.decoder.device), *arguments, **keywords)
+        for number in range(len(self.batches)) if batch is None else [batch]:
+            arguments, keywords = self._calls[number][place]
+            output = layer(self.states[number].to(self.decoder.device), *arguments, **keywords)
             if advance:
                 state = output[0] if isinstance(output, tuple) else output
                 self.states[number] = state.to(self.decoder.states_device)

@@ -122,10 +122,13 @@ def _perplexity_path(axes: Axes, steps: Sequence[dict], text: str, base: float, 
     moved = {"transform": shifted, "clip_on": False}  # a few points may lead past the axes' end
     xs = [0.0] + [x for x in sparsity for _ in range(2)]
     ys = [base] + [value[when] for value in values for when in ("pruned", "finetuned")]
+    refitted = [(x, value["refitted"]) for x, value in zip(sparsity, values, strict=True) if "refitted" in value]
     axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.7, **moved)
     size = 6 if len(steps) <= 30 else 3
     hollow = {"color": colour, "markerfacecolor": "white", "linestyle": "", "marker": "o", "markersize": size}
     axes.plot(sparsity, [value["pruned"] for value in values], **moved, **hollow)
+    if refitted:
+        axes.plot(*zip(*refitted, strict=True), **moved, **hollow | {"marker": "D", "markersize": size - 1})
     filled = [(x, value["finetuned"]) for x, value, is_tuned in zip(sparsity, values, tuned, strict=True) if is_tuned]
     if filled:
         axes.plot(*zip(*filled, strict=True), "o", color=colour, markersize=size, **moved)

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import grid_shape
 from .calibration import accumulating_squares, squared_input_norms
-from .checkpoint import load_tensors, rewrite_checkpoint, save_tensors
+from .checkpoint import rewriting_layers
 from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
@@ -36,28 +35,18 @@ def prune_checkpoint(
     _tell_ragged_groups(run, shapes)
     sparsities = layer_sparsities(run, decoder, windows, batch_size, layers)
     zeros: dict[str, int] = {}
-    file_of: dict[str, Path] = {}
 
     def pattern_for(name: str, weight: Tensor) -> Pattern:
         return pattern_of(run, sparsities[name], tiers, weight)
 
-    def put_aside(weights: dict[str, Tensor]) -> None:
-        zeros.update({name: count_zeros(weight) for name, weight in weights.items()})
-        tensors = {f"{name}.weight": weight for name, weight in weights.items()}
-        file = Path(waiting) / f"{len(file_of)}.safetensors"
-        save_tensors(tensors, file, {})
-        file_of.update(dict.fromkeys(tensors, file))
-
-    def replace(tensors: dict[str, Tensor]) -> None:
-        for file in {file_of[name] for name in tensors if name in file_of}:
-            tensors.update(load_tensors(file)[0])
-
     identity = {"base_model": decoder.checkpoint.identity()["base_model"], "iteration": "1"}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Layers are pruned in the order of the model and written in the order of their names, so they wait on disk.
-    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
-        prune_layers(decoder, windows, batch_size, run.method, pattern_for, put_aside)
-        rewrite_checkpoint(decoder.checkpoint, target, replace, identity)
+    with rewriting_layers(decoder.checkpoint, target, identity) as write:
+
+        def take(weights: dict[str, Tensor]) -> None:
+            zeros.update({name: count_zeros(weight) for name, weight in weights.items()})
+            write(weights)
+
+        prune_layers(decoder, windows, batch_size, run.method, pattern_for, take)
     return describe_pruning(run, identity["base_model"], shapes, sparsities, zeros)
 
 

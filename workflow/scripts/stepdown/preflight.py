@@ -30,6 +30,7 @@ TYPE_WORDS = {
 BOUND_WORDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
     "multipleOf": "a multiple of {}",
     "minItems": "at least {} of them",

@@ -14,34 +14,38 @@ import shutil
 import socket
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import safetensors
 import torch
-import torch.nn.functional as F
 import transformers
-from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
+from .distillation import Distillation
 from .errors import UserError
+from .lora import ALL_LINEAR, add_masked_adapter, save_adapter
+from .processes import is_first
 
 METHODS = ("full", "lora")
+# What AdamW keeps of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Our names of the learning-rate schedules, and the Trainer's.
 LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
 class RecoverySettings:
     """How to finetune. Raises UserError for a value that cannot be meant.
 
-    A step is one update of the weights: `batch_size * gradient_accumulation` windows. `evaluation_steps` counts steps
-    between evaluations, each of which is also a checkpoint to resume from.
+    A step is one update of the weights: `batch_size * gradient_accumulation` windows in each of the `processes`.
+    `evaluation_steps` counts steps between evaluations, each of which is also a checkpoint to resume from;
+    `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. For
+    distillation see `distillation.Distillation`.
     """
 
     epochs: int
@@ -60,6 +64,12 @@ class RecoverySettings:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = (ALL_LINEAR,)
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
+    distill_hidden_states: float = 0.0
+    gradient_checkpointing: bool = False
+    early_stopping: int = 0
+    processes: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,15 +80,27 @@ class RecoverySettings:
             "evaluation_steps",
             "checkpoints_kept",
             "lora_rank",
+            "processes",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "lora_alpha", "max_grad_norm"):
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm", "distill_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        for name in ("weight_decay", "warmup_steps", "seed"):
+        for name in ("weight_decay", "warmup_steps", "seed", "early_stopping", "distill_hidden_states"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name, known in (("method", METHODS), ("learning_rate_schedule", LEARNING_RATE_SCHEDULES)):
             self._require(name, getattr(self, name) in known, " or ".join(known))
+        self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+
+    @property
+    def windows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation * self.processes
+
+    def distillation(self, teacher: nn.Module | None) -> Distillation | None:
+        """How to learn from the teacher, if at all."""
+        if teacher is None or self.distill_weight == 0:
+            return None
+        return Distillation(teacher, self.distill_weight, self.distill_temperature, self.distill_hidden_states)
 
     def _require(self, name: str, fulfilled: bool, wanted: str) -> None:
         if not fulfilled:
@@ -90,13 +112,15 @@ class Recovery:
     """What finetuning came to: the model as it was at its best evaluation after the first step, and how it got there.
 
     log: rows {"step", "epoch", "loss", "learning_rate"} of every step and {"step", "epoch", "eval_loss"} of every
-    evaluation, the one before the first step included; tokens: trained on, all epochs together.
+    evaluation, the one before the first step included; tokens: trained on, all epochs together; moments: of the
+    optimizer after the last step, see `moments_of`.
     """
 
     model: PreTrainedModel
     log: list[dict[str, float]]
     steps: int
     tokens: int
+    moments: dict[str, Tensor]
 
     @property
     def evaluations(self) -> dict[int, float]:
@@ -120,11 +144,17 @@ def recover(
     settings: RecoverySettings,
     state: Path,
     device: str = "cpu",
+    teacher: nn.Module | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    tensorboard: Path | None = None,
+    adapter: Path | None = None,
 ) -> Recovery:
     """Finetune a float32 model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
 
     `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
-    `cuda`. Raises UserError when there is no text, when LoRA targets match nothing, and when the loss is not finite.
+    `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
+    tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way. Raises
+    UserError when there is no text, when LoRA targets match nothing, and when the loss is not finite.
     """
     for name, given in (("training", windows), ("evaluation", evaluation_windows)):
         if len(given) == 0:
@@ -133,21 +163,28 @@ def recover(
             )
     transformers.set_seed(settings.seed)
     if settings.method == "lora":
-        model = add_masked_adapter(model, keep_masks, settings)
+        shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+        model = add_masked_adapter(model, keep_masks, *shape)
     trainer = _MaskedTrainer(
         # An adapter's own mask does all there is to do.
         {} if settings.method == "lora" else keep_masks,
+        settings.distillation(teacher),
+        moments,
         model=model,
         args=_training_arguments(settings, state, device),
         train_dataset=_Windows(windows),
         eval_dataset=_Windows(evaluation_windows),
     )
-    _train(trainer, last_checkpoint(state))
+    _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
     if settings.method == "lora":
+        if adapter and is_first():
+            save_adapter(model, adapter)
         model = model.merge_and_unload()
     check_pruned_are_zero(model, keep_masks)
     log = _curve(trainer.state.log_history)
-    return Recovery(model, log, trainer.state.global_step, tokens=settings.epochs * windows.numel())
+    tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
+    tokens = min(tokens, settings.epochs * windows.numel())
+    return Recovery(model, log, trainer.state.global_step, tokens, moments_of(trainer))
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:
@@ -182,8 +219,19 @@ class _MaskedTrainer(Trainer):
     well makes it hold whatever the optimizer.
     """
 
-    def __init__(self, keep_masks: Mapping[str, Tensor], **arguments) -> None:
+    def __init__(
+        self,
+        keep_masks: Mapping[str, Tensor],
+        distillation: Distillation | None = None,
+        moments: Mapping[str, Tensor] | None = None,
+        **arguments,
+    ) -> None:
         super().__init__(**arguments)
+        self._moments = moments or {}
+        self._distillation = distillation
+        if distillation:
+            # Its loss is a mean over the tokens of a batch, and windows are equally long.
+            self.loss_is_scaled_for_ga = False
         # Multiplying by bytes is four times as fast on a CPU as multiplying by the same bytes called bool.
         self._masked = [
             (self.model.get_submodule(name).weight, keep.to(self.args.device).view(torch.uint8))
@@ -195,6 +243,14 @@ class _MaskedTrainer(Trainer):
         if sys.stderr.isatty():
             self.add_callback(_Bar())
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = inputs | {"output_hidden_states": self._distillation.hidden_states > 0}
+        cross_entropy, outputs = super().compute_loss(model, asked, return_outputs=True)
+        loss = self._distillation.loss(cross_entropy, outputs, inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, *arguments, **keywords) -> Tensor:
         loss = super().training_step(*arguments, **keywords)
         # Once per step, when the last batch of the accumulation has been added.
@@ -205,6 +261,10 @@ class _MaskedTrainer(Trainer):
     def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments, **keywords)
         optimizer.register_step_post_hook(self._mask_weights)
+        for name, parameter in self.model.named_parameters():
+            state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
+            if state:
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
         return optimizer
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -242,6 +302,43 @@ class _FiniteLoss(TrainerCallback):
                 raise UserError(f"recovery: {name} is {logs[name]} {where}: {mend}")
 
 
+class _EarlyStop(TrainerCallback):
+    """Ends a training whose evaluation loss has not been lower for some time; the log is all it remembers."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def is_due(self, history: list[dict[str, float]]) -> bool:
+        """Whether the last `patience` evaluations of a log, if that is not 0, were no better than the best before."""
+        losses = [row["eval_loss"] for row in history if "eval_loss" in row]
+        if not 0 < self.patience < len(losses):
+            return False
+        return min(losses[-self.patience :]) >= min(losses[: -self.patience])
+
+    def on_evaluate(self, args, state, control, **_) -> None:
+        control.should_training_stop |= self.is_due(state.log_history)
+
+
+class _TensorBoard(TrainerCallback):
+    """Writes the learning curves where TensorBoard finds them; what a killed run wrote ahead of `step` is purged."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # Costs a second to import, for those who want it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        if step == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+            if name in logs:
+                self.writer.add_scalar(name, logs[name], state.global_step)
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        self.writer.close()
+
+
 class _Bar(ProgressCallback):
     """The Trainer's bar, with the losses beside it instead of a line per step."""
 
@@ -263,8 +360,12 @@ def _training_arguments(settings: RecoverySettings, state: Path, device: str) ->
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=LEARNING_RATE_SCHEDULES[settings.learning_rate_schedule],
         max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=settings.bf16,
         use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and settings.processes > 1 else None,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device != "cpu",
         eval_strategy="steps",
         eval_steps=settings.evaluation_steps,
@@ -285,8 +386,19 @@ def _training_arguments(settings: RecoverySettings, state: Path, device: str) ->
     )
 
 
-def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard: Path | None) -> None:
     """Train, from a checkpoint if there is one; the model ends as at its best evaluation after the first step."""
+    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    early_stop = _EarlyStop(patience)
+    if early_stop.is_due(done.log_history):
+        trainer.state = done
+        trainer.create_optimizer()
+        trainer.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        trainer._load_best_model()
+        return
+    trainer.add_callback(early_stop)
+    if tensorboard and is_first():
+        trainer.add_callback(_TensorBoard(tensorboard, done.global_step))
     # The evaluation before the first step is part of a checkpoint's log already.
     trainer.args.eval_on_start = checkpoint is None
     try:
@@ -296,82 +408,18 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
         raise UserError(f"recovery: out of memory at batch_size {batch_size}: lower it, or sequence_length") from error
 
 
+def moments_of(trainer: Trainer) -> dict[str, Tensor]:
+    """What AdamW remembers of each parameter, by "name key": its two moments and the number of steps, on the CPU."""
+    state = trainer.optimizer.state
+    parameters = trainer.model.named_parameters()
+    return {f"{name} {key}": state[p][key].cpu() for name, p in parameters if p in state for key in MOMENTS}
+
+
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """The rows of a Trainer's log that are losses, without the times it took."""
     columns = ("step", "epoch", "loss", "eval_loss", "learning_rate")
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     return [{column: row[column] for column in columns if column in row} for row in rows]
-
-
-# ---------------------------------------------------------------- LoRA
-
-
-class MaskedLoraLinear(lora.Linear):
-    """A linear whose adapter is masked while it trains: y = x (W + keep * scaling B A)^T + bias.
-
-    What is merged is therefore what was trained, to the bit, and a pruned weight is never anything but zero.
-    W: [out, in], A: [rank, in], B: [out, rank]. The price of a mask is that B A is formed in every step: a step takes
-    the time of full finetuning, and saves the optimizer's memory. Dropout acts on the adapter's input.
-    """
-
-    def __init__(self, *arguments, **keywords) -> None:
-        super().__init__(*arguments, **keywords)
-        self.register_buffer("keep", None, persistent=False)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to W, [out, in]; peft's own merge asks for it here too."""
-        # Under autocast B A would be rounded to bf16 while training, and not when merged.
-        with torch.autocast(self.weight.device.type, enabled=False):
-            delta = super().get_delta_weight(adapter)
-            return delta if self.keep is None else delta * self.keep
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x)
-        (adapter,) = self.active_adapters
-        delta = self.get_delta_weight(adapter)
-        dropout = self.lora_dropout[adapter]
-        if self.training and not isinstance(dropout, nn.Identity):
-            return self.base_layer(x) + F.linear(dropout(x), delta)
-        return F.linear(x, self.weight + delta, self.bias)
-
-
-def add_masked_adapter(
-    model: PreTrainedModel, keep_masks: Mapping[str, Tensor], settings: RecoverySettings
-) -> peft.PeftModel:
-    """The model with a masked adapter on each linear that `lora_targets` names; only the adapters train.
-
-    Raises UserError for a target that matches none of the masked linears.
-    """
-    targets = match_targets(list(keep_masks), settings.lora_targets)
-    config = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        task_type=peft.TaskType.CAUSAL_LM,
-    )
-    config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    adapted = peft.get_peft_model(model, config)
-    for name in targets:
-        if not keep_masks[name].all():
-            # get_peft_model has put the adapters into the model it was given.
-            model.get_submodule(name).keep = keep_masks[name]
-    return adapted
-
-
-def match_targets(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The linears that end in one of the targets (whole parts of a name, such as `q_proj` or `mlp.down_proj`)."""
-    matched: set[str] = set()
-    for target in targets:
-        found = {name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")}
-        if not found:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise UserError(
-                f"recovery: lora_targets: {target!r} matches no pruned linear; there are {known}, or {ALL_LINEAR}"
-            )
-        matched |= found
-    return [name for name in linears if name in matched]
 
 
 # ---------------------------------------------------------------- training state
@@ -457,5 +505,6 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, safetensors.SafetensorError):
         return False
     # torch saves zip archives, whose directory is at the end.
-    pickles = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    return bool(shards) and all(zipfile.is_zipfile(checkpoint / name) for name in pickles)
+    # One state of the random numbers for each process.
+    pickles = ["optimizer.pt", "scheduler.pt", *(path.name for path in checkpoint.glob("rng_state*.pth"))]
+    return bool(shards) and len(pickles) > 2 and all(zipfile.is_zipfile(checkpoint / name) for name in pickles)

@@ -12,6 +12,7 @@ from .errors import UserError
 SHARES = ("dense", "mid_2_4", "topk")
 STEP_COLUMNS = ("dense_to_2_4", "mid_2_4_to_topk")
 REQUIRED = ("iteration", *SHARES, "epochs")
+DISTILL = {"yes": True, "no": False, "-": True, "": True}
 TOLERANCE = Decimal("1e-6")
 
 
@@ -26,6 +27,7 @@ class Row:
     epochs: int
     dense_to_2_4: str
     mid_2_4_to_topk: str
+    distill: bool = True
 
 
 def read_schedule(path: str | Path) -> list[Row]:
@@ -49,6 +51,7 @@ def one_shot(rows: list[Row]) -> Row:
         epochs=sum(row.epochs for row in rows),
         dense_to_2_4=_as_text(1 - Decimal(last.dense)),
         mid_2_4_to_topk=last.topk,
+        distill=last.distill,
     )
 
 
@@ -70,7 +73,7 @@ def _read_cells(path: str | Path) -> list[dict[str, str]]:
 
 
 def _check_header(path: str | Path, header: list[str]) -> None:
-    known = (*REQUIRED, *STEP_COLUMNS)
+    known = (*REQUIRED, *STEP_COLUMNS, "distill")
     for column in header:
         if column not in known:
             near = difflib.get_close_matches(column, known, 1)
@@ -106,6 +109,7 @@ def _read_row(where: str, number: int, cells: dict[str, str], before: Row | None
         mid_2_4=_as_text(mid_2_4),
         topk=_as_text(topk),
         epochs=_whole_number(where, "epochs", cells),
+        distill=_distill(where, cells),
         **{column: _as_text(step) for column, step in steps.items()},
     )
 
@@ -114,6 +118,13 @@ def _whole_number(where: str, column: str, cells: dict[str, str]) -> int:
     if not re.fullmatch(r"[0-9]+", cells[column]):
         raise UserError(f"{where}, column {column}: found {cells[column]!r}; write a whole number such as 2")
     return int(cells[column])
+
+
+def _distill(where: str, cells: dict[str, str]) -> bool:
+    found = cells.get("distill", "-").lower()
+    if found not in DISTILL:
+        raise UserError(f"{where}, column distill: found {found!r}; write yes or no")
+    return DISTILL[found]
 
 
 def _share(where: str, column: str, cells: dict[str, str]) -> Decimal:

@@ -1,7 +1,7 @@
 """What every step of a run came to, side by side: the chain iter0, iter1, ... and the one-shot runs beside it.
 
 A step here is a dict: `step`, `path` (of its eval.json), `model`, `pruning` {method, pattern, layers}, `shares` {tier:
-share}, `sparsity`, `perplexity` {text: {base, pruned, finetuned}}, `epochs`, `tokens`,
+share}, `sparsity`, `perplexity` {text: {base, pruned, refitted (where that was done), finetuned}}, `epochs`, `tokens`,
 `total_tokens`, and the curves `train_loss` and `eval_loss`, lists of (tokens into the step, loss). Standard library
 only.
 """
@@ -119,10 +119,13 @@ def _read_perplexity(record: dict, path: Path, text: str, step: dict) -> dict:
     if step["step"] == BASE:
         return dict.fromkeys(("base", "pruned", "finetuned"), base)
     pruned = _need(record, path, "perplexity", text, "pruned")
-    # A model that was not finetuned may go without: it is the pruned one.
+    # A model that was not finetuned may go without: it is the one before.
     untouched = step["epochs"] == 0 and "finetuned" not in record["perplexity"][text]
-    finetuned = pruned if untouched else _need(record, path, "perplexity", text, "finetuned")
-    return {"base": base, "pruned": pruned, "finetuned": finetuned}
+    found = {"base": base, "pruned": pruned}
+    if "refitted" in record["perplexity"][text]:
+        found["refitted"] = _need(record, path, "perplexity", text, "refitted")
+    before = found.get("refitted", pruned)
+    return found | {"finetuned": before if untouched else _need(record, path, "perplexity", text, "finetuned")}
 
 
 def _check_one_run(steps: Sequence[dict]) -> None:
@@ -188,16 +191,23 @@ def difference_percent(perplexity: float, base: float) -> float:
 def rows(steps: Sequence[dict]) -> list[dict]:
     """One flat row per step; the base model, neither pruned nor finetuned, has its one perplexity in both columns."""
     table = []
+    moments = _moments(steps)
     for step in steps:
         row = {"step": step["step"], **step["shares"], "sparsity": step["sparsity"]}
         for text, perplexity in step["perplexity"].items():
-            for when in ("pruned", "finetuned"):
-                row[f"perplexity_{text}_{when}"] = perplexity[when]
-            for when in ("pruned", "finetuned"):
-                difference = difference_percent(perplexity[when], perplexity["base"])
+            for when in moments:
+                row[f"perplexity_{text}_{when}"] = perplexity.get(when)
+            for when in moments:
+                difference = difference_percent(perplexity[when], perplexity["base"]) if when in perplexity else None
                 row[f"difference_percent_{text}_{when}"] = difference
         table.append(row | {key: step[key] for key in ("epochs", "tokens", "total_tokens")})
     return table
+
+
+def _moments(steps: Sequence[dict]) -> list[str]:
+    """When perplexity was measured, in order; "refitted" only if a step has it."""
+    found = {when for step in steps for perplexity in step["perplexity"].values() for when in perplexity}
+    return [when for when in ("pruned", "refitted", "finetuned") if when in found]
 
 
 def as_csv(table: Sequence[dict]) -> str:
@@ -254,15 +264,17 @@ def _compare_to_base(last: dict, text: str) -> str:
 
 def _text_table(steps: Sequence[dict], text: str) -> str:
     """Columns in groups, each group under its own heading."""
+    refitted = "refitted" in _moments(steps)
     groups = [
         (f"on {text}", ["step"]),
         ("blocks in %", ["dense", "2:4", "topk"]),
         ("zeros", ["in %"]),
         ("pruned", ["ppl", "to base"]),
+        *([("refitted", ["ppl", "to base"])] if refitted else []),
         ("finetuned", ["ppl", "to base"]),
         ("finetuning", ["epochs", "tokens", "total"]),
     ]
-    cells = [_text_row(step, text) for step in steps]
+    cells = [_text_row(step, text, refitted) for step in steps]
     columns = []
     for index, (heading, names) in enumerate(groups):
         lines = [names] + [row[index] for row in cells]
@@ -275,20 +287,22 @@ def _text_table(steps: Sequence[dict], text: str) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def _text_row(step: dict, text: str) -> list[list[str]]:
-    perplexity = step["perplexity"][text]
+def _text_row(step: dict, text: str, refitted: bool) -> list[list[str]]:
+    perplexity, unpruned = step["perplexity"][text], step["step"] == BASE
 
     def both(when: str) -> list[str]:
+        if when not in perplexity or unpruned:
+            return ["", ""]
         difference = difference_percent(perplexity[when], perplexity["base"])
         return [_round(perplexity[when]), f"{difference:+.1f}%" if difference < 1000 else f"{difference:+,.0f}%"]
 
-    unpruned = step["step"] == BASE
     return [
         [step["step"]],
         [f"{100 * step['shares'][tier]:.1f}" for tier in TIERS],
         [f"{100 * step['sparsity']:.1f}"],
         [_round(perplexity["base"]), ""] if unpruned else both("pruned"),
-        ["", ""] if unpruned else both("finetuned"),
+        *([both("refitted")] if refitted else []),
+        both("finetuned"),
         [f"{step['epochs']:g}", _short(step["tokens"]), _short(step["total_tokens"])],
     ]
 
