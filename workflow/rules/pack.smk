@@ -17,8 +17,8 @@ rule pack:
     conda:
         "../envs/prune.yaml"
     resources:
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=memory(8000),
+        runtime=minutes(60),
     params:
         script=SCRIPTS / "pack.py",
         code=code_hash("pack.py"),

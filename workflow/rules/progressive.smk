@@ -176,8 +176,8 @@ rule refit:
         "../envs/prune.yaml"
     threads: THREADS
     resources:
-        mem_mb=32000,
-        runtime=240,
+        mem_mb=memory(32000),
+        runtime=minutes(240),
         gpu=GPUS,
     params:
         script=SCRIPTS / "refit.py",
