@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -120,27 +120,49 @@ def rewrite_checkpoint(
     """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
 
     `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
-    Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    target = Path(target)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for file in side_files(checkpoint.folder):
-            shutil.copyfile(file, partial / file.name)
-        weight_map, total_size = {}, 0
+
+    def changed() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for shard, names in progress(checkpoint.shards().items(), description):
             tensors = checkpoint.tensors(names)
             types = {name: tensor.dtype for name, tensor in tensors.items()}
             change(tensors)
-            tensors = {name: tensors[name].to(types[name]) for name in names}
-            tensors |= {name: tensors[name].T for name in checkpoint.transposed.intersection(names)}
+            yield shard, {name: tensors[name].to(types[name]) for name in names}
+
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed)
+
+
+def write_checkpoint(
+    source: Path,
+    target: Path | str,
+    shards: Iterable[tuple[str, dict[str, Tensor]]],
+    identity: dict[str, str],
+    transposed: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time.
+
+    The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
+    transposed: names of the matrices, given as [out, in], that their family stores the other way round.
+    Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
+    """
+    target, transposed = Path(target), frozenset(transposed)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for file in side_files(source):
+            shutil.copyfile(file, partial / file.name)
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        weight_map, total_size = {}, 0
+        for shard, tensors in shards:
+            tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}
             save_tensors(tensors, partial / f"{shard}.safetensors", {"format": "pt"})
-            weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
+            weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-        write_index(partial, weight_map, total_size, identity, checkpoint.transposed)
+        write_index(partial, weight_map, total_size, identity, transposed)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except BaseException:
