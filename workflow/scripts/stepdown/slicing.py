@@ -9,7 +9,7 @@ matrix Q_before' Q_after turns the residual from one into the next.
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -48,7 +48,7 @@ def slice_checkpoint(
     walk = LayerWalk(decoder, list(windows.split(batch_size)))
     centre = centring(decoder)
     _turn_states(walk, centre)
-    first = principal_directions(walk.states, width)
+    first = principal_directions(walk, width)
     _turn_states(walk, first)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Layers wait on disk until the last basis is known: the whole checkpoint is written or nothing.
@@ -95,7 +95,7 @@ def slice_layer_(
     write_in_(mlp, centre)
     _set_shortcut(layer, "mlp_shortcut", middle.T)
     replay()
-    after = principal_directions(walk.states, width)
+    after = principal_directions(walk, width)
     write_in_(mlp, after)
     _set_shortcut(layer, "mlp_shortcut", middle.T @ after)
     _turn_states(walk, after)
@@ -138,9 +138,9 @@ def write_in_(module: nn.Linear | nn.Embedding, basis: Tensor) -> None:
         module.bias = nn.Parameter((module.bias.double() @ basis).to(dtype))
 
 
-def principal_directions(states: Iterable[Tensor], width: int) -> Tensor:
-    """The `width` directions in which the states [..., n] are largest, largest first: float64 [n, width]."""
-    return _directions(sum(_squares(state.to(device)) for state in states), width)
+def principal_directions(walk: LayerWalk, width: int) -> Tensor:
+    """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
+    return _directions(sum(_squares(state.to(walk.decoder.device)) for state in walk.states), width)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _directions(covariance: Tensor, width: int) -> Tensor:
 
 def _turn_states(walk: LayerWalk, matrix: Tensor) -> None:
     for number, state in enumerate(walk.states):
-        walk.states[number] = (state.double() @ matrix).to(state.dtype)
+        walk.states[number] = (state.to(matrix.device).double() @ matrix).to(state)
 
 
 def _set_shortcut(layer: nn.Module, name: str, matrix: Tensor) -> None:
