@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .cli import progress
 from .errors import UserError
 from .linears import FUSED, as_linears_, fused_names
+from .quantised_checkpoint import open_checkpoint
 from .sliced import as_sliced_, read_width
 
 
@@ -63,7 +64,7 @@ def open_decoder(
     hidden_states: `device`, or `cpu` where a device has room for one layer but not for the states of all sequences.
     Raises `UserError` when the folder is no causal language model, or its decoder layers hold no linears.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     model = build_empty(folder, trust_remote_code).eval()
     transposed = as_linears_(model)
     layers_name = _find_layers(model, folder)
