@@ -75,6 +75,22 @@ def parse_step(step: str) -> Structured | Quantisation | Dynamic:
     return parsers[kind](name)
 
 
+def check_step(step: str, folder: Path | str | None) -> None:
+    """`UserError` for a step whose name asks for nothing there is, or for what a model's config.json rules out.
+
+    folder: of the base model, None where it is not there yet.
+    """
+    asked = parse_step(step)
+    if folder is None:
+        return
+    if isinstance(asked, Structured):
+        check_structured(asked, folder)
+    elif isinstance(asked, Quantisation):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        keys = ("hidden_size", "intermediate_size", "ffn_dim")
+        check_groups(asked, {key: config[key] for key in keys if isinstance(config.get(key), int)})
+
+
 def parse_structured(name: str) -> Structured:
     """`slicegpt-0.25` or `shortgpt-6`; `UserError` says what could stand there."""
     where = f"structured/{name}"
