@@ -97,7 +97,11 @@ def model_folder(step):
     """The folder of a step's finished model; sparse activations are switched on in that of another step."""
     if step.startswith("dynamic/"):
         return model_folder(source(step))
-    return f"results/{step}/finetuned_model" if step.startswith(("iter", "oneshot/")) and step != "iter0" else f"results/{step}/model"
+    return (
+        f"results/{step}/finetuned_model"
+        if step.startswith(("iter", "oneshot/")) and step != "iter0"
+        else f"results/{step}/model"
+    )
 
 
 def model_ready(step):

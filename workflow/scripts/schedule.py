@@ -22,7 +22,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=[*SHAPES, "published"], default="cubic", help="default: %(default)s")
     parser.add_argument(
-        "--target", nargs=3, default=["0.35", "0.45", "0.20"], metavar=("DENSE", "MID_2_4", "TOPK"), help="shares at the end"
+        "--target",
+        nargs=3,
+        default=["0.35", "0.45", "0.20"],
+        metavar=("DENSE", "MID_2_4", "TOPK"),
+        help="shares at the end",
     )
     parser.add_argument("--iterations", type=int, default=5, help="default: %(default)s; published has five")
     parser.add_argument("--epochs", type=int, default=2, help="of finetuning after each (default: %(default)s)")

@@ -1,13 +1,12 @@
 """Activation sparsity at inference: inputs of a linear below its threshold count as zero (TEAL, Liu et al. 2024).
 
-Thresholds are quantiles of |x| on calibration text, found layer by layer on what the sparse layers before it give. Names
-are those of the modules in the transformers model, so that `switch_on` finds them in a loaded one.
+Thresholds are quantiles of |x| on calibration text, found layer by layer on what the sparse layers before give. Names are
+those of the modules in the transformers model, so that `switch_on` finds them in a loaded one.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +47,11 @@ def calibrate_thresholds(decoder: Decoder, windows: Tensor, batch_size: int, ask
         shares = dict.fromkeys(seen, float(asked.share))
         if asked.allocation == "greedy":
             shares = _greedy_shares(walk, place, seen, quantiles, float(asked.share))
-        thresholds = {name: quantiles[name].threshold(share) for name, share in shares.items()}
+        thresholds = _thresholds(quantiles, shares)
+        # What a linear sees changes with the thresholds of those before it in the layer: once more, on sparse inputs.
+        with counting_magnitudes(seen) as counts, sparse_inputs(seen, thresholds):
+            replay(advance=False)
+        thresholds = _thresholds({name: Quantiles(count) for name, count in counts.items()}, shares)
         with sparse_inputs(seen, thresholds), counting_magnitudes(seen) as counts:
             replay()
         for name, threshold in thresholds.items():
@@ -91,6 +94,10 @@ def counting_magnitudes(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, 
         yield counts
 
 
+def _thresholds(quantiles: Mapping[str, Quantiles], shares: Mapping[str, float]) -> dict[str, float]:
+    return {name: quantiles[name].threshold(share) for name, share in shares.items()}
+
+
 def _greedy_shares(
     walk: LayerWalk, place: int, linears: Mapping[str, nn.Linear], quantiles: Mapping[str, Quantiles], share: float
 ) -> dict[str, float]:
@@ -100,8 +107,7 @@ def _greedy_shares(
     state, dense = walk.states[0], walk.call(place, 0, walk.states[0])
 
     def error(shares: Mapping[str, float]) -> float:
-        thresholds = {name: quantiles[name].threshold(share) for name, share in shares.items()}
-        with sparse_inputs(linears, thresholds):
+        with sparse_inputs(linears, _thresholds(quantiles, shares)):
             return (walk.call(place, 0, state) - dense).float().norm().item()
 
     # The same number of multiplications is saved whichever linear it is.
@@ -150,7 +156,9 @@ def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
     as_linears_(model)
     modules = dict(model.named_modules())
     if missing := [name for name in thresholds if not isinstance(modules.get(name), nn.Linear)]:
-        raise UserError(f"{path}: {missing[0]} is no linear of this {type(model).__name__}; thresholds of another model?")
+        raise UserError(
+            f"{path}: {missing[0]} is no linear of this {type(model).__name__}; thresholds of another model?"
+        )
     switch = sparse_inputs({name: modules[name] for name in thresholds}, thresholds)
     switch.__enter__()
     return lambda: switch.__exit__(None, None, None)

@@ -1,6 +1,6 @@
 """What the names of steps beside the tiers ask for: `structured/slicegpt-0.25`, `structured/shortgpt-6`,
-`quantised/gptq4-g64/oneshot/wanda-2of4`, `dynamic/greedy-0.5/iter0`. Standard library only: names are checked before the
-first job."""
+`quantised/gptq4-g64/oneshot/wanda-2of4`, `dynamic/greedy-0.5/iter0`. Standard library only: names are checked before
+the first job."""
 
 import json
 import re
@@ -70,8 +70,10 @@ def parse_step(step: str) -> Structured | Quantisation | Dynamic:
         raise UserError(f"compression {step!r}: write structured/NAME, quantised/NAME/STEP or dynamic/NAME/STEP")
     if kind == "structured" and source:
         raise UserError(f"compression {step!r}: starts from the base model; leave {source} out")
-    if kind != "structured" and not re.fullmatch(r"iter\d+|oneshot/[^/]+|structured/shortgpt-[^/]+", source):
-        raise UserError(f"compression {step!r}: of which step? write iter0 or another step after it, {kind}/{name}/iter0")
+    if kind != "structured" and not re.fullmatch(r"iter\d+|oneshot/[^/]+|structured/[^/]+", source):
+        raise UserError(
+            f"compression {step!r}: of which step? write iter0 or another step after it, {kind}/{name}/iter0"
+        )
     return parsers[kind](name)
 
 
@@ -123,7 +125,7 @@ def parse_dynamic(name: str) -> Dynamic:
     where = f"dynamic/{name}"
     allocation, _, share = name.partition("-")
     if allocation not in ALLOCATIONS:
-        raise UserError(f"{where}: unknown allocation {allocation!r}; write {' or '.join(ALLOCATIONS)}, such as {ALLOCATIONS[0]}-0.5")
+        raise UserError(f"{where}: unknown allocation {allocation!r}; write one of {', '.join(ALLOCATIONS)}-0.5")
     return Dynamic(allocation, _share(where, share, f"{allocation}-0.5"))
 
 
@@ -152,14 +154,18 @@ def check_sliceable(family: str, config: dict, folder: Path | str) -> None:
     elif family == "opt" and config.get("_remove_final_layer_norm"):
         reason = "it has no norm before its head (_remove_final_layer_norm is true)"
     if reason:
-        raise UserError(f"slicegpt: {folder} is of the family {family!r}: {reason}; it can rotate {', '.join(SLICEABLE)}")
+        raise UserError(
+            f"slicegpt: {folder} is of the family {family!r}: {reason}; it can rotate {', '.join(SLICEABLE)}"
+        )
 
 
 def check_groups(asked: Quantisation, columns: dict[str, int]) -> None:
     """A group divides the inputs of every matrix: columns is name -> inputs."""
     for name, inputs in columns.items():
         if asked.group_size and inputs % asked.group_size:
-            raise UserError(f"group size {asked.group_size}: does not divide the {inputs} inputs of {name}; choose a divisor")
+            raise UserError(
+                f"group size {asked.group_size}: does not divide the {inputs} inputs of {name}; choose a divisor"
+            )
 
 
 def _share(where: str, text: str, example: str) -> Fraction:

@@ -166,9 +166,7 @@ class LayerWalk:
                 self.states.append(state.to(decoder.states_device))
                 self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
 
-    def layers(
-        self, description: str, backwards: bool = False
-    ) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
+    def layers(self, description: str, backwards: bool = False) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
         """Yield each layer's name, the loaded layer and `replay(advance=True)`, which runs every batch through it.
 
         Hook or change the layer before replaying it; with `advance=False` the outputs are dropped and the states stay.

@@ -99,7 +99,10 @@ def taylor_importance(decoder: Decoder, windows: Tensor, batch_size: int) -> Ten
         for name, layer, _ in walk.layers("backward", backwards=True):
             states, _ = load_tensors(Path(waiting) / f"{name}.safetensors")
             place = int(name.rpartition(".")[2])
-            outputs = ((state, lambda state, n=n: walk.call(place, n, state)) for n, state in _numbered(states, decoder))
+            outputs = (
+                (state, lambda state, n=n, place=place: walk.call(place, n, state))
+                for n, state in _numbered(states, decoder)
+            )
             importance.insert(0, _backward(layer, outputs, gradients))
     return torch.tensor(importance, dtype=torch.float64)
 
@@ -158,7 +161,10 @@ def write_without_layers(decoder: Decoder, removed: Sequence[int], target: Path,
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for shard, names in progress(checkpoint.shards().items(), "write"):
             if renumbered(shard):
-                yield renumbered(shard), {renumbered(name): tensor for name, tensor in checkpoint.tensors(names).items()}
+                yield (
+                    renumbered(shard),
+                    {renumbered(name): tensor for name, tensor in checkpoint.tensors(names).items()},
+                )
 
     transposed = filter(None, map(renumbered, checkpoint.transposed))
     texts = {"config.json": config.to_json_string()}

@@ -20,12 +20,17 @@ from .sparsegpt import accumulating_hessians
 
 @torch.no_grad()
 def quantise_checkpoint(
-    decoder: Decoder, windows: Tensor | None, batch_size: int, asked: Quantisation, target: Path, identity: dict[str, str]
+    decoder: Decoder,
+    windows: Tensor | None,
+    batch_size: int,
+    asked: Quantisation,
+    target: Path,
+    identity: dict[str, str],
 ) -> None:
     """Write the model with every prunable matrix packed, one decoder layer in memory at a time.
 
     windows: int64 [samples, tokens], which only GPTQ asks for: each layer sees what the quantised ones before it give.
-    Raises `UserError` for a group size that does not divide, and for matrices that transformers does not hold as linears.
+    Raises `UserError` for a group size that does not divide, and for matrices that are no linears in transformers.
     """
     linears = decoder.linears()
     check_groups(asked, {name: linear.in_features for name, linear in linears.items()})
@@ -38,7 +43,9 @@ def quantise_checkpoint(
         for layer, found in _quantise_layers(decoder, windows, batch_size, asked):
             file = Path(waiting) / f"{layer}.safetensors"
             packed = {name: pack(quantised, asked) for name, quantised in found.items()}
-            save_tensors({f"{name}.{key}": part for name, parts in packed.items() for key, part in parts.items()}, file, {})
+            save_tensors(
+                {f"{name}.{key}": part for name, parts in packed.items() for key, part in parts.items()}, file, {}
+            )
             file_of.update(dict.fromkeys(found, file))
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:

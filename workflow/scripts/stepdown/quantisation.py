@@ -1,8 +1,8 @@
 """Weights as whole numbers: round to nearest, and GPTQ, which makes up for the rounding (Frantar et al. 2022).
 
-A group of weights of one row shares a scale s and a zero point z, and w stands for s * (q - z). Zero is always one of the
-values, so that what a mask pruned stays exactly zero. GPTQ is the optimal brain surgeon of `sparsegpt.py` with another
-way for a column to settle: it is rounded, and not pruned.
+A group of weights of one row shares a scale s and a zero point z; a code q stands for s * (q - z). Zero is always one of
+the values, so that what a mask pruned stays exactly zero. GPTQ is the optimal brain surgeon of `sparsegpt.py` with
+another way for a column to settle: it is rounded, and not pruned.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes, q: int8 [out, in]; scales, s: [out, groups], in the type the model computes in; zeros, z: int8 [out, groups]."""
+    """codes q: int8 [out, in]; scales s: [out, groups], in the type the model computes in; zeros z: int8 [out, groups]."""
 
     codes: Tensor
     scales: Tensor
@@ -83,7 +83,9 @@ def fit_grid(weight: Tensor, asked: Quantisation, dtype: torch.dtype) -> tuple[T
     scales[scales == 0] = 1
     if asked.symmetric:
         return scales, torch.zeros_like(scales, dtype=torch.int8)
-    return scales, (torch.round(-low / scales.float()) - 2 ** (asked.bits - 1)).clamp_(*_limits(asked.bits)).to(torch.int8)
+    return scales, (torch.round(-low / scales.float()) - 2 ** (asked.bits - 1)).clamp_(*_limits(asked.bits)).to(
+        torch.int8
+    )
 
 
 def to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

@@ -52,7 +52,11 @@ class QuantisedCheckpoint(Checkpoint):
         self._bits = bits
         stems = [name.removesuffix("_packed") for name in self._file_of if name.endswith(".weight_packed")]
         self._parts = {
-            stem: [f"{stem}_{part}" for part in ("packed", "scale", "shape", "zero_point") if f"{stem}_{part}" in self._file_of]
+            stem: [
+                f"{stem}_{part}"
+                for part in ("packed", "scale", "shape", "zero_point")
+                if f"{stem}_{part}" in self._file_of
+            ]
             for stem in stems
         }
 
@@ -81,10 +85,14 @@ class QuantisedCheckpoint(Checkpoint):
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint of a folder; raises `UserError` for a quantised one in a format that is not ours."""
     config = Path(folder) / "config.json"
-    quantisation = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    quantisation = (
+        json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    )
     if not quantisation:
         return Checkpoint(folder)
     groups = list(quantisation.get("config_groups", {}).values())
     if quantisation.get("format") != FORMAT or len(groups) != 1:
-        raise UserError(f"{folder}: quantised in another format than pack-quantized; give the model before quantisation")
+        raise UserError(
+            f"{folder}: quantised in another format than pack-quantized; give the model before quantisation"
+        )
     return QuantisedCheckpoint(folder, groups[0]["weights"]["num_bits"])

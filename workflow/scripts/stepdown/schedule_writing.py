@@ -1,8 +1,8 @@
 """Schedules written for a target: how the shares of the tiers get there in n iterations.
 
 `linear`: the same step every time. `cubic`: large steps first, small ones towards the end (Zhu & Gupta 2017), share(t) =
-target + (start - target) (1 - t)^3 with t = iteration / n. `published`: the five rows of the published run. Exact
-decimals; standard library only.
+target + (start - target) (1 - t)^3 with t = iteration / n. `published`: five rows as they were published. Exact decimals;
+standard library only.
 """
 
 import re
@@ -42,7 +42,9 @@ def rows_towards(target: tuple[str, str, str], iterations: int, shape: str, epoc
     if dense + mid_2_4 + topk != 1:
         raise UserError(f"target: found a sum of {dense + mid_2_4 + topk}; the three shares must sum to 1")
     if iterations < 1 or epochs < 0:
-        raise UserError(f"found {iterations} iterations of {epochs} epochs; give at least 1 iteration, 0 epochs or more")
+        raise UserError(
+            f"found {iterations} iterations of {epochs} epochs; give at least 1 iteration, 0 epochs or more"
+        )
     shares = []
     for iteration in range(1, iterations):
         progress = SHAPES[shape](Decimal(iteration) / iterations)

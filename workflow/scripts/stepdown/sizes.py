@@ -1,4 +1,4 @@
-"""What a checkpoint takes: parameters, those that are not zero, bytes; and what of the dense model's weights is left."""
+"""What a checkpoint takes: parameters, those not zero, bytes; and how much of the dense model's weights is left."""
 
 from pathlib import Path
 

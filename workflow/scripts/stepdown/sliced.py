@@ -22,7 +22,8 @@ FORMAT = "stepdown sliced 1"
 class Form:
     """Where a family's model touches the residual, by names of modules; those of a layer go by their names inside it.
 
-    Readers take their inputs from a norm of the residual, writers add their outputs to it. mlp: the MLP of a layer.
+    Readers take their inputs from a norm of the residual, writers add their outputs to it. mlp: the MLP of a layer;
+    tied: the embedding of tokens where the head has the same weights; centring: where what it gives can be centred.
     """
 
     attention_norm: str
@@ -35,11 +36,14 @@ class Form:
     embeddings: tuple[str, ...]
     final_norm: str
     head: str
+    tied: str = ""
+    centring: str = ""
 
 
 def form_of(model: nn.Module) -> Form:
     """The form of a model of one of the families `compressions.SLICEABLE`."""
     attention_readers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    tied = model.config.tie_word_embeddings
     if model.config.model_type != "opt":
         return Form(
             attention_norm="input_layernorm",
@@ -52,8 +56,10 @@ def form_of(model: nn.Module) -> Form:
             embeddings=("model.embed_tokens",),
             final_norm="model.norm",
             head="lm_head",
+            tied="model.embed_tokens" if tied else "",
         )
-    projected = model.model.decoder.project_in is not None
+    # Where embeddings are narrower than the residual, project_in writes to it, project_out reads: what is tied stays.
+    projected = model.config.word_embed_proj_dim != model.config.hidden_size
     return Form(
         attention_norm="self_attn_layer_norm",
         attention_readers=attention_readers,
@@ -65,6 +71,8 @@ def form_of(model: nn.Module) -> Form:
         embeddings=(f"model.decoder.{'project_in' if projected else 'embed_tokens'}", "model.decoder.embed_positions"),
         final_norm="model.decoder.final_layer_norm",
         head="model.decoder.project_out" if projected else "lm_head",
+        tied="model.decoder.embed_tokens" if tied and not projected else "",
+        centring="" if projected else "model.decoder.project_in",
     )
 
 
@@ -122,12 +130,26 @@ def as_sliced_(model: nn.Module, layers: nn.ModuleList, width: int) -> None:
             _resize(layer.get_submodule(name), outputs=width)
     for name in form.embeddings:
         _resize(model.get_submodule(name), outputs=width)
-    _resize(model.get_submodule(form.head), inputs=width, bias=shifted)
     _replace_norm(model, form.final_norm, full_width)
+    _resize(model.get_submodule(form.head), inputs=width, bias=shifted and not form.tied)
+    if form.tied:
+        add_matrices_to_tied_(model, form, width, shifted)
+
+
+def add_matrices_to_tied_(model: nn.Module, form: Form, width: int, shifted: bool) -> None:
+    """Let a head keep the weights of the embedding, whose basis is another: after the final norm comes a matrix that
+    turns into it. An embedding that must be centred, while the head shares its weights, is centred by a matrix of its own.
+    """
+    turn = nn.Linear(width, width, bias=shifted, device="meta", dtype=model.dtype)
+    model.set_submodule(form.final_norm, nn.Sequential(model.get_submodule(form.final_norm), turn))
+    if form.centring:
+        centre = nn.Linear(width, width, bias=False, device="meta", dtype=model.dtype)
+        parent, _, own = form.centring.rpartition(".")
+        setattr(model.get_submodule(parent), own, centre)
 
 
 def read_width(folder: Path | str) -> int | None:
-    """The width of the residual in a sliced folder, None in any other; raises `UserError` for a file of another kind."""
+    """Width of the residual in a sliced folder, None in any other; raises `UserError` for a file of another kind."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return None

@@ -3,11 +3,10 @@
 An RMSNorm commutes with a rotation of its input: with the norms' weights fused into the matrices that read them, the
 residual may be turned into any basis Q that the matrices writing to it and reading from it are turned into as well. In
 that of its principal components on calibration text the last ones are cut off: W_in <- W_in diag(gamma) Q, W_out <-
-Q' W_out, Q cut to its first columns. Each basis is found on what the layers sliced before make of the text, and a shortcut
-matrix Q_before' Q_after turns the residual from one into the next.
+Q' W_out, Q cut to its first columns. Each basis is found on what the layers sliced before make of the text, and a
+shortcut matrix Q_before' Q_after turns the residual from one into the next.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from .cli import progress
 from .compressions import check_sliceable
 from .decoder import Decoder, LayerWalk, load_module
 from .errors import UserError
-from .sliced import FILE_NAME, FORMAT, as_sliced_layer_, form_of
+from .sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 
 
 def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
@@ -31,7 +30,9 @@ def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
     width = int(full_width * (1 - ratio))
     width = width - width % round_to if ratio else full_width
     if width < 1:
-        raise UserError(f"slicegpt-{float(ratio):g}: leaves nothing of {full_width} in multiples of {round_to}; slice less")
+        raise UserError(
+            f"slicegpt-{float(ratio):g}: leaves nothing of {full_width} in multiples of {round_to}; slice less"
+        )
     return width
 
 
@@ -63,7 +64,7 @@ def slice_checkpoint(
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, file in progress(files.items(), "write"):
                 yield name, load_tensors(file)[0]
-            yield "rest", _around_layers(decoder, centre @ first, last)
+            yield "rest", _around_layers(decoder, centre, first, last)
 
         write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
 
@@ -112,7 +113,9 @@ def centring(decoder: Decoder) -> Tensor:
     """
     model, width = decoder.model, decoder.model.config.hidden_size
     identity = torch.eye(width, dtype=torch.float64, device=decoder.device)
-    return identity - 1 / width if isinstance(model.get_submodule(form_of(model).final_norm), nn.LayerNorm) else identity
+    return (
+        identity - 1 / width if isinstance(model.get_submodule(form_of(model).final_norm), nn.LayerNorm) else identity
+    )
 
 
 def read_in_(linear: nn.Linear, norm: nn.Module, basis: Tensor) -> None:
@@ -180,27 +183,51 @@ def _set_shortcut(layer: nn.Module, name: str, matrix: Tensor) -> None:
 # --- what is not a decoder layer -------------------------------------------------------------------------------------
 
 
-def _around_layers(decoder: Decoder, first: Tensor, last: Tensor) -> dict[str, Tensor]:
+def _around_layers(decoder: Decoder, centre: Tensor, first: Tensor, last: Tensor) -> dict[str, Tensor]:
     """Embeddings in the basis `first`, the head in that of the last layer's outputs; anything else as it was."""
     model, form = decoder.model, form_of(decoder.model)
-    turned = {name: model.get_submodule(name) for name in (*form.embeddings, form.final_norm, form.head)}
-    for name, module in turned.items():
+    loaded = {name: model.get_submodule(name) for name in {*form.embeddings, form.final_norm, form.head}}
+    for name, module in loaded.items():
         load_module(decoder, module, name)
-    for name in form.embeddings:
-        write_in_(turned[name], first)
-    read_in_(turned[form.head], turned.pop(form.final_norm), last)
-    tensors = {f"{name}.{key}": tensor for name, module in turned.items() for key, tensor in module.state_dict().items()}
+    norm = loaded.pop(form.final_norm)
+    tensors = {}
+    if form.tied:
+        tensors = _tied(form, loaded.pop(form.tied).weight.double(), norm, centre, first, last)
+        loaded.pop(form.head)
+    else:
+        read_in_(loaded[form.head], norm, last)
+    for name in loaded.keys() - {form.head}:
+        write_in_(loaded[name], centre @ first)
+    tensors |= {f"{name}.{key}": part for name, module in loaded.items() for key, part in module.state_dict().items()}
+    done = tuple(f"{name}." for name in (decoder.layers_name, form.final_norm, form.head, *form.embeddings))
     for own, stored in decoder.stored.items():
-        inside = own.startswith((f"{decoder.layers_name}.", f"{form.final_norm}.", *(f"{name}." for name in turned)))
-        if not inside and own not in model.all_tied_weights_keys:
+        if not own.startswith(done) and own not in model.all_tied_weights_keys:
             tensors[own] = decoder.checkpoint.tensors([stored])[stored]
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+    return {name: tensor.cpu().to(decoder.dtype) for name, tensor in tensors.items()}
+
+
+def _tied(
+    form: Form, embedding: Tensor, norm: nn.Module, centre: Tensor, first: Tensor, last: Tensor
+) -> dict[str, Tensor]:
+    """The embedding E in the basis `first` and, so that the head can share it, the matrix after the final norm.
+
+    T = E Q_first stands for both; the head's E diag(gamma) Q_last is T M with the M of least squares, exact where
+    nothing is cut off. The centring C that a LayerNorm asks for is no part of T: Q' C Q follows it.
+    """
+    table = embedding @ first
+    gram = torch.linalg.cholesky(table.T @ table)
+    scaled = embedding if norm.weight is None else embedding * norm.weight.double()
+    tensors = {f"{form.tied}.weight": table}
+    tensors[f"{form.final_norm}.1.weight"] = torch.cholesky_solve(table.T @ (scaled @ last), gram)
+    if getattr(norm, "bias", None) is not None:
+        shift = embedding @ norm.bias.double()
+        tensors[f"{form.final_norm}.1.bias"] = torch.cholesky_solve((table.T @ shift)[:, None], gram)[:, 0]
+    if form.centring:
+        tensors[f"{form.centring}.weight"] = first.T @ centre @ first
+    return tensors
 
 
 def _texts(decoder: Decoder, width: int) -> dict[str, str]:
-    """The files that say what the model is. A head that was tied to the embedding is no longer: their bases differ."""
-    config, form = copy.deepcopy(decoder.model.config), form_of(decoder.model)
-    if not any(name.endswith("project_in") for name in form.embeddings):
-        config.tie_word_embeddings = False
-    slicing = {"format": FORMAT, "full_width": config.hidden_size, "width": width}
-    return {"config.json": config.to_json_string(), FILE_NAME: json.dumps(slicing, indent=2) + "\n"}
+    """What says that the model is sliced, and how."""
+    slicing = {"format": FORMAT, "full_width": decoder.model.config.hidden_size, "width": width}
+    return {FILE_NAME: json.dumps(slicing, indent=2) + "\n"}

@@ -52,8 +52,8 @@ def settle_columns(
 ) -> Tensor:
     """Settle the columns of a weight [out, in] from left to right, those to come making up for what each has lost.
 
-    settle: (number of a column, what it has been updated to [out]) -> what it stays at. begin: called before each `unit`
-    of columns with (their slice; the weight transposed; for columns to come, what they have been moved by; A; the root
+    settle: (number of a column, what it has been updated to [out]) -> what it stays at. begin: called before `unit`
+    columns with (their slice; the weight transposed; for columns to come, what they have been moved by; A; the root
     of D). Returns float32 [out, in]; raises as `factorise` does.
     """
     factor, scale = factorise(hessian, name)

@@ -1,4 +1,4 @@
-"""Tokens per second of a loaded model: prefill, the prompt in one pass; decode, one token after another with a cache."""
+"""Tokens per second of a loaded model: prefill, the prompt in one pass; decode, token by token with a cache."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .sliced import read_width
 
 
 def load_model(folder: Path | str, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """A model ready for use, in the type of its checkpoint; packed weights are unpacked, as no kernel here takes them."""
+    """A model ready for use, in the type of its checkpoint; packed weights are unpacked: no kernel here takes them."""
     from transformers import AutoModelForCausalLM
 
     if read_width(folder) or isinstance(open_checkpoint(folder), QuantisedCheckpoint):
