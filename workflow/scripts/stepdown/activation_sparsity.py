@@ -1,7 +1,7 @@
 """Activation sparsity at inference: inputs of a linear below its threshold count as zero (TEAL, Liu et al. 2024).
 
-Thresholds are quantiles of |x| on calibration text, found layer by layer on what the sparse layers before give. Names are
-those of the modules in the transformers model, so that `switch_on` finds them in a loaded one.
+Thresholds are quantiles of |x| on calibration text, found layer by layer on what the sparse layers before give. Names
+are those of the modules in the transformers model, so that `switch_on` finds them in a loaded one.
 """
 
 import json
@@ -138,13 +138,12 @@ def _lower_edge(number: int) -> float:
 @contextmanager
 def sparse_inputs(linears: Mapping[str, nn.Linear], thresholds: Mapping[str, float]) -> Iterator[None]:
     """While open, inputs of the linears that are below their thresholds count as zero."""
-
-    def below_is_zero(name: str) -> Callable:
-        threshold = thresholds[name]
-        return lambda _, inputs: (inputs[0] * (inputs[0].abs() >= threshold), *inputs[1:])
-
-    with _hooked({name: linears[name] for name in thresholds}, below_is_zero):
+    with _hooked({name: linears[name] for name in thresholds}, lambda name: _below_is_zero(thresholds[name])):
         yield
+
+
+def _below_is_zero(threshold: float) -> Callable:
+    return lambda _, inputs: (inputs[0] * (inputs[0].abs() >= threshold), *inputs[1:])
 
 
 def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
@@ -159,9 +158,10 @@ def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
         raise UserError(
             f"{path}: {missing[0]} is no linear of this {type(model).__name__}; thresholds of another model?"
         )
-    switch = sparse_inputs({name: modules[name] for name in thresholds}, thresholds)
-    switch.__enter__()
-    return lambda: switch.__exit__(None, None, None)
+    handles = [
+        modules[name].register_forward_pre_hook(_below_is_zero(threshold)) for name, threshold in thresholds.items()
+    ]
+    return lambda: [handle.remove() for handle in handles] and None
 
 
 def read_thresholds(path: Path | str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Weights as whole numbers: round to nearest, and GPTQ, which makes up for the rounding (Frantar et al. 2022).
 
-A group of weights of one row shares a scale s and a zero point z; a code q stands for s * (q - z). Zero is always one of
-the values, so that what a mask pruned stays exactly zero. GPTQ is the optimal brain surgeon of `sparsegpt.py` with
+A group of weights of one row shares a scale s and a zero point z; a code q stands for s * (q - z). Zero is always one
+of the values, so that what a mask pruned stays exactly zero. GPTQ is the optimal brain surgeon of `sparsegpt.py` with
 another way for a column to settle: it is rounded, and not pruned.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .compressions import Quantisation
-from .sparsegpt import settle_columns
+from .sparsegpt import settle_columns, updated
 
 # Columns GPTQ settles between two large products where no group asks for fewer.
 COLUMNS = 128
@@ -19,7 +19,7 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes q: int8 [out, in]; scales s: [out, groups], in the type the model computes in; zeros z: int8 [out, groups]."""
+    """codes q: int8 [out, in]; scales s: [out, groups], in the type of the model; zeros z: int8 [out, groups]."""
 
     codes: Tensor
     scales: Tensor
@@ -44,8 +44,8 @@ def round_to_nearest(weight: Tensor, asked: Quantisation, dtype: torch.dtype) ->
 def gptq(weight: Tensor, hessian: Tensor, asked: Quantisation, dtype: torch.dtype, name: str = "matrix") -> Quantised:
     """Rounded column by column, those to come making up for it; what is zero in `weight` [out, in] stays zero.
 
-    hessian: float32 [in, in], as `sparsegpt.accumulating_hessians` has it. The grid of a group is fitted to what its
-    weights have been updated to when its turn comes. Raises `UserError` as `sparsegpt.factorise` does.
+    hessian: [in, in], as `sparsegpt.accumulating_hessians` has it; computed in its type. The grid of a group fits what
+    its weights have been updated to when its turn comes. Raises `UserError` as `sparsegpt.factorise` does.
     """
     rows, inputs = weight.shape
     size = asked.group_size or inputs
@@ -54,15 +54,15 @@ def gptq(weight: Tensor, hessian: Tensor, asked: Quantisation, dtype: torch.dtyp
     scales = torch.empty(inputs // size, rows, dtype=dtype, device=weight.device)
     zeros = torch.empty_like(scales, dtype=torch.int8)
 
-    def begin(part: slice, columns: Tensor, change: Tensor, *_: Tensor) -> None:
+    def begin(part: slice, columns: Tensor, change: Tensor, factor: Tensor, _: Tensor) -> None:
         if part.start % size == 0:
             # A group's columns, or all of them; masked ones are no part of it.
             group = slice(part.start, part.start + size)
-            updated = (columns[group] + change[group]) * keep[group]
-            scales[part.start // size], zeros[part.start // size] = fit_grid(updated.T, asked, dtype)
+            weights = updated(group, columns, change, factor) * keep[group].T
+            scales[part.start // size], zeros[part.start // size] = fit_grid(weights, asked, dtype)
 
     def settle(i: int, column: Tensor) -> Tensor:
-        scale, zero = scales[i // size].float(), zeros[i // size]
+        scale, zero = scales[i // size].to(column.dtype), zeros[i // size]
         codes[i] = torch.where(keep[i], to_codes(column, scale, zero, asked.bits), zero)
         return (codes[i].short() - zero) * scale
 

@@ -40,7 +40,9 @@ def unpack(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     scales, shape = tensors["weight_scale"], torch.Size(tensors["weight_shape"].tolist())
     zeros = torch.zeros_like(scales, dtype=torch.int8)
     if "weight_zero_point" in tensors:
-        zeros = unpack_from_int32(tensors["weight_zero_point"], bits, scales.shape, packed_dim=0)
+        # Transposed here, as compressed-tensors trips over matrices of few rows.
+        packed = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+        zeros = unpack_from_int32(packed, bits, scales.T.shape).T
     return Quantised(unpack_from_int32(tensors["weight_packed"], bits, shape), scales, zeros).weight
 
 

@@ -1,8 +1,8 @@
 """Schedules written for a target: how the shares of the tiers get there in n iterations.
 
-`linear`: the same step every time. `cubic`: large steps first, small ones towards the end (Zhu & Gupta 2017), share(t) =
-target + (start - target) (1 - t)^3 with t = iteration / n. `published`: five rows as they were published. Exact decimals;
-standard library only.
+`linear`: the same step every time. `cubic`: large steps first, small ones towards the end (Zhu & Gupta 2017):
+share(t) = target + (start - target) (1 - t)^3 with t = iteration / n. `published`: five rows as they were published.
+Exact decimals; standard library only.
 """
 
 import re

@@ -138,7 +138,7 @@ def as_sliced_(model: nn.Module, layers: nn.ModuleList, width: int) -> None:
 
 def add_matrices_to_tied_(model: nn.Module, form: Form, width: int, shifted: bool) -> None:
     """Let a head keep the weights of the embedding, whose basis is another: after the final norm comes a matrix that
-    turns into it. An embedding that must be centred, while the head shares its weights, is centred by a matrix of its own.
+    turns into it. An embedding that must be centred, while the head has its weights, is centred by a matrix of its own.
     """
     turn = nn.Linear(width, width, bias=shifted, device="meta", dtype=model.dtype)
     model.set_submodule(form.final_norm, nn.Sequential(model.get_submodule(form.final_norm), turn))

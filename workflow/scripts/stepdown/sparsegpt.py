@@ -33,13 +33,18 @@ def optimal_brain_surgeon(weight: Tensor, hessian: Tensor, pattern: Pattern, nam
     keep = torch.empty(weight.shape[::-1], device=weight.device)
 
     def choose(part: slice, columns: Tensor, change: Tensor, factor: Tensor, scale: Tensor) -> None:
-        # Where these columns would go if nothing more were pruned: they make up for what was, and for one another.
-        above = factor[part, part]
-        free = torch.linalg.solve_triangular(above, change[part].T, upper=True, left=False, unitriangular=True)
-        saliency = (columns[part].T + free).mul_(scale[part]).square_()
+        saliency = updated(part, columns, change, factor).mul_(scale[part]).square_()
         keep[part] = pattern.keep(saliency, whole=True).T
 
     return settle_columns(weight, hessian, pattern.columns, choose, lambda i, column: column * keep[i], name)
+
+
+def updated(part: slice, columns: Tensor, change: Tensor, factor: Tensor) -> Tensor:
+    """Where columns would go if none of them or after them lost more, [out, columns of the part]: they make up for what
+    was lost before them, and for one another. columns, change, factor: as `settle_columns` has them."""
+    above = factor[part, part]
+    free = torch.linalg.solve_triangular(above, change[part].T, upper=True, left=False, unitriangular=True)
+    return columns[part].T + free
 
 
 def settle_columns(
@@ -54,11 +59,11 @@ def settle_columns(
 
     settle: (number of a column, what it has been updated to [out]) -> what it stays at. begin: called before `unit`
     columns with (their slice; the weight transposed; for columns to come, what they have been moved by; A; the root
-    of D). Returns float32 [out, in]; raises as `factorise` does.
+    of D). Returns [out, in] in the type of the Hessian; raises as `factorise` does.
     """
     factor, scale = factorise(hessian, name)
     # Transposed, so that a column of the weight is contiguous.
-    columns = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    columns = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
     columns[hessian.diagonal() == 0] = 0.0
     # Of columns that are done, W - W'; of those to come, the sum over j of (W - W')_j A_ji so far.
     change = torch.zeros_like(columns)
