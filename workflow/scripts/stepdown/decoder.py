@@ -89,6 +89,7 @@ def load_whole(folder: Path | str, device: str = "auto", trust_remote_code: bool
     """The model of a checkpoint folder with all its weights: what `LayerWalk` walks, ready for use."""
     decoder = open_decoder(folder, device, trust_remote_code)
     _load(decoder, decoder.model, "", list(decoder.model.state_dict()))
+    decoder.model.tie_weights()
     return decoder.model
 
 

@@ -82,7 +82,8 @@ def angular_distance(decoder: Decoder, windows: Tensor, batch_size: int, count: 
 def perplexity_without(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
     """Perplexity on the windows of the model without each of its layers: float64 [layers] (Kim et al. 2024)."""
     layers = progress(range(len(decoder.layers)), "perplexity without a layer")
-    return torch.tensor([perplexity(decoder, windows, batch_size, without={place}) for place in layers]).double()
+    found = [perplexity(decoder, windows, batch_size, without={place}) for place in layers]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def taylor_importance(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
