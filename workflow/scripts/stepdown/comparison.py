@@ -9,7 +9,7 @@ from .errors import UserError
 from .summary import BASE, difference_percent, iteration_of
 
 # Jobs of a step that neither prune nor finetune it.
-MEASURING = {"base_model", "evaluate", "evaluate_base", "zero_shot"}
+MEASURING = {"base_model", "evaluate", "evaluate_base", "evaluate_compressed", "zero_shot"}
 HEADINGS = ("run", "method", "pattern", "zeros %", "pruned", "finetuned", "+", "+ %", "pruning s", "finetuning s", "MB")
 SIZE_HEADINGS = ("run", "parameters", "nonzeros", "bytes", "prefill /s", "to dense", "decode /s", "to dense")
 
@@ -96,6 +96,9 @@ def _jobs_of(step: str, benchmarks: Path) -> list[Path]:
     if number := iteration_of(step):
         return [job for index in range(1, number + 1) for job in sorted((benchmarks / f"iter{index}").glob("*.jsonl"))]
     own = sorted((benchmarks / step).glob("*.jsonl"))
+    if step.startswith(("quantised/", "dynamic/")):
+        # Done to the model of another step: quantised/NAME/STEP.
+        return own + _jobs_of(step.split("/", 2)[2], benchmarks)
     if any(job.stem.startswith("degrade") for job in own):
         # It has the statistics of the base model in common with the first iteration.
         own += [benchmarks / "iter1" / f"{rule}.jsonl" for rule in ("calibrate", "score")]
