@@ -20,6 +20,9 @@ include: "workflow/rules/run.smk"
 
 wildcard_constraints:
     step=r"iter[1-9]\d*|oneshot/[^/]+",
+    run=r"[^/]+",
+    source=r"iter\d+|oneshot/[^/]+|structured/[^/]+",
+    compressed=r"structured/[^/]+|(quantised|dynamic)/[^/]+/(iter\d+|oneshot/[^/]+|structured/[^/]+)",
 
 
 rule all:
@@ -34,6 +37,7 @@ rule all:
 
 include: "workflow/rules/progressive.smk"
 include: "workflow/rules/oneshot.smk"
+include: "workflow/rules/compressed.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/zero_shot.smk"
 include: "workflow/rules/report.smk"

@@ -413,7 +413,12 @@ def compare(folder, files, *arguments):
 def test_all_runs_are_compared(compared, tmp_path):
     tasks = {"step": "oneshot/wanda-2of4", "tasks": {"arc": {"acc": 0.25}}}
     write(tmp_path / "zero_shot.json", tasks)
-    finished = compare(tmp_path, compared, "--zero-shot", tmp_path / "zero_shot.json")
+    sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000}
+    speeds = {"iter0": {"prefill": 90, "decode": 40}, "oneshot/wanda-2of4": {"prefill": 45, "decode": 50}}
+    measured = {step: sizes | {"tokens_per_second": speed} for step, speed in speeds.items()}
+    write(tmp_path / "measurements.json", {"steps": measured})
+    files = {flag: tmp_path / f"{flag.replace('-', '_')}.json" for flag in ("zero-shot", "measurements")}
+    finished = compare(tmp_path, compared, *(word for flag, file in files.items() for word in (f"--{flag}", file)))
     assert finished.returncode == 0, finished.stderr
     with (tmp_path / "compare.csv").open() as file:
         table = {row["run"]: row for row in csv.DictReader(file)}
@@ -423,12 +428,16 @@ def test_all_runs_are_compared(compared, tmp_path):
     assert float(row["perplexity_pydoc_pruned"]) == float(row["perplexity_pydoc_finetuned"]) == 30
     assert (float(row["difference_pydoc"]), float(row["difference_percent_pydoc"])) == (10, pytest.approx(50))
     assert (float(row["pruning_seconds"]), row["finetuning_seconds"], float(row["peak_memory_mb"])) == (7, "", 250)
+    assert [row[key] for key in sizes] == ["1000", "500", "2000"]
+    assert [float(row[f"{kind}_to_dense"]) for kind in ("prefill", "decode")] == [0.5, 1.25]
+    assert table["iter1"]["bytes"] == "" and "1,000" in finished.stdout and "1.25x" in finished.stdout
     assert float(row["arc_acc"]) == 0.25 and table["iter0"]["arc_acc"] == ""
     # The iterations' costs add up; the three-tier run has the first iteration's statistics. Evaluating costs nobody.
     chain, beside = table["iter2"], table["oneshot/three-tier"]
     assert [float(chain[key]) for key in ("pruning_seconds", "finetuning_seconds", "peak_memory_mb")] == [22, 100, 900]
     assert float(beside["pruning_seconds"]) == 13 and float(beside["peak_memory_mb"]) == 300
     told = finished.stdout
+    told = told.partition("size and speed")[0]
     assert told.index("sparsegpt-2of4") < told.index("wanda-2of4"), "best first at equal sparsity"
     assert max(map(len, told.splitlines())) <= 120
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
@@ -443,3 +452,6 @@ def test_a_broken_file_of_the_comparison_is_named(compared, tmp_path):
     write(tmp_path / "zero_shot.json", {"tasks": []})
     finished = compare(tmp_path, compared, "--zero-shot", tmp_path / "zero_shot.json")
     assert finished.returncode == 1 and "zero_shot.json: not the result of zero_shot.py" in finished.stderr
+    write(tmp_path / "measurements.json", {"steps": {}})
+    finished = compare(tmp_path, compared, "--measurements", tmp_path / "measurements.json")
+    assert finished.returncode == 1 and "measurements.json: not the result of measure.py" in finished.stderr

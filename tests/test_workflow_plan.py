@@ -46,6 +46,8 @@ ONE_SHOT = ITERATION - {"calibrate", "score"}
 RUNS = ["oneshot/magnitude-2of4", "oneshot/wanda-2of4", "oneshot/sparsegpt-2of4"]
 RUN = {"prune_oneshot", "finetune", "evaluate"}
 SIDE_BY_SIDE = {("", "summarize"), ("", "plot"), ("", "compare"), ("", "html_report")}
+# All models are measured in one job, so that a new one has the others measured again.
+MEASURED = SIDE_BY_SIDE | {("", "measure")}
 
 
 class Project:
@@ -132,20 +134,34 @@ def jobs(steps, rules):
 def test_all(fresh):
     everything = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
     base = jobs(["iter0"], {"base_model", "evaluate_base"})
-    assert fresh.plan() == everything | jobs(RUNS, RUN) | base | SIDE_BY_SIDE
+    assert fresh.plan() == everything | jobs(RUNS, RUN) | base | MEASURED
 
 
 def test_without_a_schedule_there_are_one_shot_runs_only(fresh):
     base = jobs(["iter0"], {"base_model", "evaluate_base"})
     sweep = "--configfile=config/sweeps/block-sizes.yaml"
     runs = [f"oneshot/wanda-block{size}-{share}" for size in (8, 16, 32) for share in (0.3, 0.5, 0.7)]
-    assert fresh.plan(sweep) == base | jobs(runs, RUN) | SIDE_BY_SIDE
+    assert fresh.plan(sweep) == base | jobs(runs, RUN) | MEASURED
 
 
 def test_a_run_that_no_config_names_is_asked_for_by_its_file(fresh):
     planned = fresh.plan("results/oneshot/sparsegpt-unstructured-0.7-owl/eval.json")
     base = jobs(["iter0"], {"base_model", "evaluate_base"})
     assert planned == base | jobs(["oneshot/sparsegpt-unstructured-0.7-owl"], RUN)
+
+
+def test_compressions_start_from_the_model_of_their_step(fresh):
+    """Listed in the configuration, or asked for by a file."""
+    quantised, shorter = "quantised/gptq4-g8/iter1", "structured/shortgpt-2"
+    planned = fresh.plan(f"results/{quantised}/eval.json", f"results/{shorter}/eval.json")
+    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    own = {(quantised, "quantise"), (shorter, "prune_structured")} | jobs([quantised, shorter], {"evaluate_compressed"})
+    assert planned == base | jobs(["iter1"], ITERATION - {"evaluate"}) | own
+    only = {"schedule": None, "oneshot": [], "compressions": ["dynamic/uniform-0.5/iter0"]}
+    (fresh.folder / "only.yaml").write_text(yaml.safe_dump(only))
+    listed = fresh.plan("--configfile=only.yaml")
+    steps = {("dynamic/uniform-0.5/iter0", rule) for rule in ("calibrate_thresholds", "evaluate_compressed")}
+    assert listed == base | steps | MEASURED
 
 
 def test_tasks_are_measured_on_every_finished_model(fresh):
@@ -233,16 +249,16 @@ def test_an_edited_row_reruns_its_iteration_and_later(finished):
     finished.edit("config/progressive_schedule.csv", "0.65,0.20,0.15,0.15,0.05", "0.70,0.15,0.15,-,-")
     finished.edit("config/progressive_schedule.csv", "0.50,0.30,0.20,0.15", "0.50,0.30,0.20,0.20")
     later = jobs(["iter4", "iter5"], ITERATION)
-    assert finished.plan(MINE) == jobs(["iter3"], ONE_SHOT) | later | SIDE_BY_SIDE
+    assert finished.plan(MINE) == jobs(["iter3"], ONE_SHOT) | later | MEASURED
     # Stopping to look at iteration 3 must not hide from iteration 4 that its weights are other ones now.
     finished.run("results/iter3/eval.json", MINE)
-    assert finished.plan(MINE) == later | SIDE_BY_SIDE
+    assert finished.plan(MINE) == later | MEASURED
 
 
 def test_more_epochs_retrain_the_one_shot_run_too(finished):
     finished.edit("config/progressive_schedule.csv", "0.00,3", "0.00,4")
     retrained = jobs(["iter5", "oneshot/three-tier"], {"finetune", "evaluate"})
-    assert finished.plan(MINE) == retrained | SIDE_BY_SIDE
+    assert finished.plan(MINE) == retrained | MEASURED
 
 
 def test_only_the_keys_a_rule_uses_rerun_it(finished_once):
@@ -294,6 +310,8 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["results/oneshot/wanda-4of2/eval.json"], "one-shot run 'wanda-4of2': keeps 4 of each 2"),
         (["results/oneshot/wanda-2of4-0.7/eval.json"], "2 of 4 is a sparsity of 0.5; leave 0.7 out"),
         (["--config", "zero_shot={task_folder: nowhere}"], "zero_shot.task_folder: no folder nowhere"),
+        (["--config", "compressions=[structured/slicegpt-1.5]"], "structured/slicegpt-1.5: found '1.5'"),
+        (["results/quantised/gptq3/iter0/eval.json"], "3 bits are not offered; write 4 or 8"),
         (["results/iter6/eval.json"], "results/iter6: config/progressive_schedule.csv has 5 rows"),
     ],
 )

@@ -15,6 +15,7 @@ ROOT = Path(workflow.basedir)
 SCRIPTS = Path(os.path.relpath(ROOT / "workflow/scripts"))
 sys.path.append(str(SCRIPTS))
 
+from stepdown.compressions import check_step, parse_step
 from stepdown.errors import UserError
 from stepdown.methods import method_names
 from stepdown.preflight import SPLITS_READ, check_inputs, check_writable, complete_config, local_model, text_files
@@ -38,16 +39,21 @@ with one_line():
     check_writable(Path(), Path(".snakemake"), Path("results"))
     # Steps without a tier map, each pruned by the method and pattern of its name.
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
+    # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.
+    for step in config["compressions"]:
+        check_step(step, local_model(config["model"]))
 
 STEPS = [f"iter{row.iteration}" for row in SCHEDULE]
 STEPS += [f"oneshot/{name}" for name in config["oneshot"] if name == "three-tier"]
 
 # Of the chain and what is like it, by tiers; and of every run there is.
 EVALS = expand("results/{step}/eval.json", step=["iter0", *STEPS])
-ALL_EVALS = [*EVALS, *expand("results/{step}/eval.json", step=RUNS)]
+ALL_STEPS = ["iter0", *STEPS, *RUNS, *config["compressions"]]
+ALL_EVALS = expand("results/{step}/eval.json", step=ALL_STEPS)
 ZERO_SHOT = expand(
     "results/{step}/zero_shot.json", step=["iter0", *STEPS, *RUNS] if config["zero_shot"]["tasks"] else []
 )
+MEASUREMENTS = ["results/measurements.json"] if config["speed"]["measured"] else []
 TRAINING = expand("results/{step}/training.json", step=STEPS)
 TIER_MAPS = expand("results/{step}/tier_map.safetensors", step=STEPS)
 
@@ -93,7 +99,14 @@ def statistics(step):
 
 
 def model_folder(step):
-    return f"results/{step}/model" if step == "iter0" else f"results/{step}/finetuned_model"
+    """The folder of a step's finished model; sparse activations are switched on in that of another step."""
+    if step.startswith("dynamic/"):
+        return model_folder(source(step))
+    return (
+        f"results/{step}/finetuned_model"
+        if step.startswith(("iter", "oneshot/")) and step != "iter0"
+        else f"results/{step}/model"
+    )
 
 
 def model_ready(step):
@@ -102,7 +115,29 @@ def model_ready(step):
     The base model may be links to the user's own files, and Snakemake deletes what is declared as output: its tier map
     stands for it.
     """
+    if step.startswith("dynamic/"):
+        return model_ready(source(step))
     return tier_map(step) if step == "iter0" else f"{model_folder(step)}/model.safetensors.index.json"
+
+
+def source(step):
+    """The step whose model is quantised, or runs on sparse activations: results/quantised/NAME/STEP."""
+    return step.split("/", 2)[2]
+
+
+def compression(step):
+    """The name in a compressed step, once it is known to ask for something."""
+    try:
+        check_step(step, local_model(config["model"]))
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    return step.split("/")[1]
+
+
+def compression_report(step):
+    """The file that says how a step was made smaller, quantised or made sparse."""
+    names = {"structured": "pruning", "quantised": "quantisation", "dynamic": "thresholds"}
+    return f"results/{step}/{names[step.split('/')[0]]}.json"
 
 
 def tier_map(step):
@@ -319,6 +354,12 @@ def one_schedule_options(step):
 def distills(step):
     """Whether a step's finetuning learns from the base model too."""
     return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
+
+
+def measured(step):
+    """A step as measure.py takes it: its name, the folder of its model, and the thresholds of its activations."""
+    thresholds = [compression_report(step)] if step.startswith("dynamic/") else []
+    return ["--step", step, model_folder(step), *thresholds]
 
 
 def figure(name, category="Figures"):

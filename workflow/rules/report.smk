@@ -63,6 +63,7 @@ rule compare:
     input:
         evals=ALL_EVALS,
         zero_shot=ZERO_SHOT,
+        measurements=MEASUREMENTS,
     output:
         table=report(
             "results/compare.csv", caption="../report/compare.rst", category="Comparison", labels={"what": "table"}
@@ -84,7 +85,8 @@ rule compare:
     message:
         "the comparison of all runs"
     shell:
-        "python {params.script} --evals {input.evals} --zero-shot {input.zero_shot} --benchmarks results/benchmarks"
+        "python {params.script} --evals {input.evals} --zero-shot {input.zero_shot}"
+        " --measurements {input.measurements} --benchmarks results/benchmarks"
         " --output {output.table} --output-figure {output.figure} --log {log} > {output.text}"
 
 

@@ -9,17 +9,20 @@ from stepdown.files import atomic_write
 
 def main(arguments: argparse.Namespace) -> None:
     steps = summary.read_steps(arguments.evals, [], tiers=False)
-    table = comparison.rows(steps, arguments.benchmarks, comparison.read_tasks(arguments.zero_shot))
+    tasks = comparison.read_tasks(arguments.zero_shot)
+    table = comparison.rows(steps, arguments.benchmarks, tasks, comparison.read_measurements(arguments.measurements))
     atomic_write(arguments.output, summary.as_csv(table))
     with figures.style():
         atomic_write(arguments.output_figure, figures.as_svg(figures.comparison(steps)))
-    print("\n\n".join(comparison.as_text(table, text) for text in steps[0]["perplexity"]))
+    texts = [comparison.as_text(table, text) for text in steps[0]["perplexity"]]
+    print("\n\n".join(filter(None, [*texts, comparison.sizes_as_text(table)])))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--evals", type=Path, nargs="+", required=True, help="eval.json of every step, in any order")
     parser.add_argument("--zero-shot", type=Path, nargs="*", default=[], help="zero_shot.json of steps that have one")
+    parser.add_argument("--measurements", type=Path, nargs="*", default=[], help="what measure.py wrote, if anything")
     parser.add_argument("--benchmarks", type=Path, required=True, help="folder of Snakemake's benchmark files by step")
     parser.add_argument("--output", type=Path, required=True, help="the table as CSV, in full precision")
     parser.add_argument("--output-figure", type=Path, required=True, help="perplexity against sparsity, SVG")

@@ -1,5 +1,6 @@
 """What the inputs of every linear weigh on calibration text."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,22 @@ from .checkpoint import load_tensors
 from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
+from .files import check_length
+from .text import calibration_windows, describe, parse_text
 from .tier_maps import TierMap
+
+
+def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
+    """The windows a command line asks for (`cli.add_calibration_arguments`), int64 [samples, tokens], and what they are
+    in words and numbers for a report."""
+    from transformers import AutoTokenizer
+
+    text = parse_text(arguments.text)
+    check_length("--sequence-length", arguments.sequence_length, arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
+    numbers = {key: getattr(arguments, key) for key in ("samples", "sequence_length", "seed")}
+    return windows, {"text": describe(text, "train"), **numbers}
 
 
 def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -122,23 +122,45 @@ def rewrite_checkpoint(
     """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
 
     `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
-    Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    with new_folder(target) as folder:
-        for file in side_files(checkpoint.folder):
-            shutil.copyfile(file, folder / file.name)
-        weight_map, total_size = {}, 0
+
+    def changed() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for shard, names in progress(checkpoint.shards().items(), description):
             tensors = checkpoint.tensors(names)
             types = {name: tensor.dtype for name, tensor in tensors.items()}
             change(tensors)
-            tensors = {name: tensors[name].to(types[name]) for name in names}
-            tensors |= {name: tensors[name].T for name in checkpoint.transposed.intersection(names)}
+            yield shard, {name: tensors[name].to(types[name]) for name in names}
+
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed)
+
+
+def write_checkpoint(
+    source: Path,
+    target: Path | str,
+    shards: Iterable[tuple[str, dict[str, Tensor]]],
+    identity: dict[str, str],
+    transposed: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time.
+
+    The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
+    transposed: names of the matrices, given as [out, in], that their family stores the other way round.
+    """
+    transposed = frozenset(transposed)
+    with new_folder(target) as folder:
+        for file in side_files(source):
+            shutil.copyfile(file, folder / file.name)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        weight_map, total_size = {}, 0
+        for shard, tensors in shards:
+            tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}
             save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
-            weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
+            weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-        write_index(folder, weight_map, total_size, identity, checkpoint.transposed)
+        write_index(folder, weight_map, total_size, identity, transposed)
 
 
 @contextmanager

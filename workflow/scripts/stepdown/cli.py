@@ -47,6 +47,16 @@ def add_hidden_states_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-states", choices=("device", "cpu"), default="device", help=help)
 
 
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """The calibration text and what is taken of it, as `calibration.read_windows` reads it."""
+    parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
+    parser.add_argument("--samples", type=int, default=128, help="windows of text (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    add_hidden_states_argument(parser)
+
+
 def progress(items: Iterable, description: str, total: int | None = None) -> Iterable:
     """A progress bar on stderr, silent when stderr is not a terminal."""
     from tqdm import tqdm

@@ -9,16 +9,20 @@ from .errors import UserError
 from .summary import BASE, difference_percent, iteration_of
 
 # Jobs of a step that neither prune nor finetune it.
-MEASURING = {"base_model", "evaluate", "evaluate_base", "zero_shot"}
+MEASURING = {"base_model", "evaluate", "evaluate_base", "evaluate_compressed", "zero_shot"}
 HEADINGS = ("run", "method", "pattern", "zeros %", "pruned", "finetuned", "+", "+ %", "pruning s", "finetuning s", "MB")
+SIZE_HEADINGS = ("run", "parameters", "nonzeros", "bytes", "prefill /s", "to dense", "decode /s", "to dense")
 
 
-def rows(steps: Sequence[dict], benchmarks: Path, tasks: dict[str, dict[str, float]]) -> list[dict]:
+def rows(
+    steps: Sequence[dict], benchmarks: Path, tasks: dict[str, dict[str, float]], measurements: dict[str, dict]
+) -> list[dict]:
     """One flat row per step of `summary.read_steps`.
 
     The differences are those of the finished model to the dense one. Seconds and memory are what the jobs of a step
     took, those of the iterations before it included; None where `benchmarks`, a folder of Snakemake's benchmark files
-    by step, has none. tasks: step -> metric of a zero-shot task -> value, as of `read_tasks`.
+    by step, has none. tasks: step -> metric of a zero-shot task -> value, as of `read_tasks`; measurements: step ->
+    column -> value, as of `read_measurements`.
     """
     metrics = sorted({metric for found in tasks.values() for metric in found})
     table = []
@@ -33,7 +37,8 @@ def rows(steps: Sequence[dict], benchmarks: Path, tasks: dict[str, dict[str, flo
                 f"difference_percent_{text}": difference_percent(final, dense),
             }
         row |= {metric: tasks.get(step["step"], {}).get(metric) for metric in metrics}
-        table.append(row | {"finetuning_tokens": step["total_tokens"], **cost(step["step"], benchmarks)})
+        row |= {"finetuning_tokens": step["total_tokens"], **cost(step["step"], benchmarks)}
+        table.append(row | measurements.get(step["step"], {}))
     return table
 
 
@@ -50,6 +55,22 @@ def read_tasks(paths: Iterable[Path]) -> dict[str, dict[str, float]]:
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not the result of zero_shot.py; delete it and run again") from None
+    return found
+
+
+def read_measurements(paths: Iterable[Path]) -> dict[str, dict[str, float]]:
+    """step -> column of size or speed -> value, from what measure.py wrote; speeds beside those of the dense model."""
+    found = {}
+    for path in paths:
+        try:
+            steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+            dense = steps[BASE]["tokens_per_second"]
+            for step, record in steps.items():
+                found[step] = {key: record[key] for key in ("parameters", "nonzeros", "bytes")}
+                for kind, speed in record["tokens_per_second"].items():
+                    found[step] |= {f"{kind}_tokens_per_second": speed, f"{kind}_to_dense": speed / dense[kind]}
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+            raise UserError(f"{path}: not the result of measure.py; delete it and run again") from None
     return found
 
 
@@ -75,6 +96,9 @@ def _jobs_of(step: str, benchmarks: Path) -> list[Path]:
     if number := iteration_of(step):
         return [job for index in range(1, number + 1) for job in sorted((benchmarks / f"iter{index}").glob("*.jsonl"))]
     own = sorted((benchmarks / step).glob("*.jsonl"))
+    if step.startswith(("quantised/", "dynamic/")):
+        # Done to the model of another step: quantised/NAME/STEP.
+        return own + _jobs_of(step.split("/", 2)[2], benchmarks)
     if any(job.stem.startswith("degrade") for job in own):
         # It has the statistics of the base model in common with the first iteration.
         own += [benchmarks / "iter1" / f"{rule}.jsonl" for rule in ("calibrate", "score")]
@@ -95,11 +119,30 @@ def as_text(table: Sequence[dict], text: str) -> str:
     """The rows on one text, best first at each sparsity; the base model on top."""
     base, *others = table
     others.sort(key=lambda row: (round(row["sparsity"], 2), row[f"perplexity_{text}_finetuned"]))
-    lines = [HEADINGS, *(_cells(row, text) for row in [base, *others])]
+    return _aligned(f"perplexity on {text}", [HEADINGS, *(_cells(row, text) for row in [base, *others])], left=3)
+
+
+def sizes_as_text(table: Sequence[dict]) -> str:
+    """The rows that were measured: size, and speed beside the dense model; nothing where none was."""
+    lines = [SIZE_HEADINGS, *(_size_cells(row) for row in table if "bytes" in row)]
+    return _aligned("size and speed, tokens/s", lines, left=1) if len(lines) > 1 else ""
+
+
+def _aligned(title: str, lines: Sequence[tuple[str, ...]], left: int) -> str:
+    """Cells in columns under a title, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = [str.ljust] * 3 + [str.rjust] * (len(HEADINGS) - 3)
+    align = [str.ljust] * left + [str.rjust] * (len(widths) - left)
     padded = [[side(cell, width) for side, cell, width in zip(align, line, widths, strict=True)] for line in lines]
-    return "\n".join([f"perplexity on {text}"] + ["  ".join(line).rstrip() for line in padded])
+    return "\n".join([title] + ["  ".join(line).rstrip() for line in padded])
+
+
+def _size_cells(row: dict) -> tuple[str, ...]:
+    speeds = [
+        text
+        for kind in ("prefill", "decode")
+        for text in (_rounded(row[f"{kind}_tokens_per_second"], 1), f"{row[f'{kind}_to_dense']:.2f}x")
+    ]
+    return row["run"], *(f"{row[key]:,}" for key in ("parameters", "nonzeros", "bytes")), *speeds
 
 
 def _cells(row: dict, text: str) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ from .cli import progress
 from .errors import UserError
 from .gpus import claim_gpus
 from .linears import FUSED, as_linears_, fused_names
+from .quantised_checkpoint import open_checkpoint
+from .sliced import as_sliced_, read_width
 
 
 @dataclass
@@ -64,9 +66,12 @@ def open_decoder(
     hidden_states: `device`, or `cpu` where a device has room for one layer but not for the states of all sequences.
     Raises `UserError` when the folder is no causal language model, or its decoder layers hold no linears.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     model = build_empty(folder, trust_remote_code).eval()
     transposed = as_linears_(model)
+    layers_name = _find_layers(model, folder)
+    if width := read_width(folder):
+        as_sliced_(model, model.get_submodule(layers_name), width)
     target = choose_device(device)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -76,10 +81,18 @@ def open_decoder(
     stored = stored_names(model, checkpoint)
     checkpoint.transposed = frozenset(stored[f"{name}.weight"] for name in transposed if f"{name}.weight" in stored)
     waiting = torch.device("cpu") if hidden_states == "cpu" else target
-    decoder = Decoder(model, _find_layers(model, folder), dtype, target, waiting, checkpoint, stored)
+    decoder = Decoder(model, layers_name, dtype, target, waiting, checkpoint, stored)
     if not decoder.linears():
         raise UserError(f"{folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
     return decoder
+
+
+def load_whole(folder: Path | str, device: str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """The model of a checkpoint folder with all its weights: what `LayerWalk` walks, ready for use."""
+    decoder = open_decoder(folder, device, trust_remote_code)
+    _load(decoder, decoder.model, "", list(decoder.model.state_dict()))
+    decoder.model.tie_weights()
+    return decoder.model
 
 
 def build_empty(folder: Path | str, trust_remote_code: bool = False) -> nn.Module:
@@ -158,15 +171,18 @@ class LayerWalk:
                 self.states.append(state.to(decoder.states_device))
                 self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
 
-    def layers(self, description: str | None) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
+    def layers(
+        self, description: str | None, backwards: bool = False
+    ) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
         """Yield each layer's name, the loaded layer and `replay(advance=True)`, which runs every batch through it.
 
         Hook or change the layer before replaying it; with `advance=False` the outputs are dropped and the states stay,
         and `batch=3` replays that batch alone.
         A layer must be replayed with `advance=True` once: its outputs are what the next layer sees.
         """
-        layers = progress(self.decoder.layers, description) if description else self.decoder.layers
-        for place, layer in enumerate(layers):
+        numbered = list(enumerate(self.decoder.layers))
+        numbered = numbered[::-1] if backwards else numbered
+        for place, layer in progress(numbered, description) if description else numbered:
             name = f"{self.decoder.layers_name}.{place}"
             load_module(self.decoder, layer, name)
             yield name, layer, partial(self._replay, place)
@@ -182,15 +198,29 @@ class LayerWalk:
                 with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
 
+    def loss_gradients(self) -> Iterator[Tensor]:
+        """After the last layer: per batch, the gradient of its mean loss by its hidden states, in their shape."""
+        model = self.decoder.model
+        with _loaded_around_layers(self.decoder):
+            for batch, state in zip(self.batches, self.states, strict=True):
+                state = state.detach().to(self.decoder.device).requires_grad_()
+                tokens, returned = batch.to(self.decoder.device), self._returned(state)
+                with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
+                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                yield torch.autograd.grad(loss, state)[0]
+
+    def call(self, place: int, number: int, state: Tensor) -> Tensor:
+        """What layer `place`, loaded, makes of `state` [sequences, tokens, hidden] as that of batch `number`."""
+        arguments, keywords = self._calls[number][place]
+        output = self.decoder.layers[place](state.to(self.decoder.device), *arguments, **keywords)
+        return output[0] if isinstance(output, tuple) else output
+
     @torch.no_grad()
     def _replay(self, place: int, advance: bool = True, batch: int | None = None) -> None:
-        layer = self.decoder.layers[place]
         for number in range(len(self.batches)) if batch is None else [batch]:
-            arguments, keywords = self._calls[number][place]
-            output = layer(self.states[number].to(self.decoder.device), *arguments, **keywords)
+            output = self.call(place, number, self.states[number])
             if advance:
-                state = output[0] if isinstance(output, tuple) else output
-                self.states[number] = state.to(self.decoder.states_device)
+                self.states[number] = output.to(self.decoder.states_device)
 
 
 def load_module(decoder: Decoder, module: nn.Module, name: str) -> None:

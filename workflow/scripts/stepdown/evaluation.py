@@ -1,6 +1,7 @@
 """What an eval.json says of a model: perplexity on several texts, sparsity, tiers, and the protocol in words."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from . import cli
 from .blocks import expand_blocks
 from .checkpoint import Checkpoint
-from .decoder import open_decoder
+from .decoder import Decoder, open_decoder
 from .files import check_length
 from .perplexity import describe_protocol, perplexity
 from .pruning_reports import describe_checkpoint
@@ -31,8 +32,13 @@ class Settings:
     hidden_states: str
 
 
-def perplexities(folder: Path | str, settings: Settings) -> dict[str, float]:
-    """Perplexity of a checkpoint on the test split of each text, by the text's name."""
+def perplexities(
+    folder: Path | str, settings: Settings, prepare: Callable[[Decoder], None] | None = None
+) -> dict[str, float]:
+    """Perplexity of a checkpoint on the test split of each text, by the text's name.
+
+    prepare: what is done to the model before it is walked, such as making its activations sparse.
+    """
     from transformers import AutoTokenizer
 
     check_length("--sequence-length", settings.sequence_length, folder)
@@ -43,6 +49,8 @@ def perplexities(folder: Path | str, settings: Settings) -> dict[str, float]:
         stream = token_stream(load_documents(text, "test"), tokenizer)
         windows = consecutive_windows(stream, settings.sequence_length, limit, label(text, "test"))
         decoder = open_decoder(folder, settings.device, settings.trust_remote_code, settings.hidden_states)
+        if prepare:
+            prepare(decoder)
         found[label(text, "test")] = perplexity(decoder, windows, settings.batch_size)
     return found
 

@@ -1,6 +1,6 @@
 """Perplexity by the published protocol."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -15,20 +15,22 @@ PROTOCOL = (
 )
 
 
-def window_losses(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
-    """Mean cross-entropy in nats of each window's predictions, float64 [windows]. windows: int64 [windows, tokens]."""
+def window_losses(decoder: Decoder, windows: Tensor, batch_size: int, without: Collection[int] = ()) -> Tensor:
+    """Mean cross-entropy in nats of each window's predictions, float64 [windows]. windows: int64 [windows, tokens];
+    without: numbers of layers that are passed over."""
     walk = LayerWalk(decoder, list(windows.split(batch_size)))
-    for _, _, replay in walk.layers("evaluate"):
-        replay()
+    for place, (_, _, replay) in enumerate(walk.layers("evaluate")):
+        if place not in without:
+            replay()
     losses = [
         loss for batch, logits in zip(walk.batches, walk.logits(), strict=True) for loss in _batch_losses(batch, logits)
     ]
     return torch.stack(losses)
 
 
-def perplexity(decoder: Decoder, windows: Tensor, batch_size: int) -> float:
-    """exp of the mean window loss; raises `UserError` when it is not finite."""
-    value = window_losses(decoder, windows, batch_size).mean().exp().item()
+def perplexity(decoder: Decoder, windows: Tensor, batch_size: int, without: Collection[int] = ()) -> float:
+    """exp of the mean window loss, see `window_losses`; raises `UserError` when it is not finite."""
+    value = window_losses(decoder, windows, batch_size, without).mean().exp().item()
     if value != value:
         raise UserError(f"{decoder.checkpoint.folder}: the perplexity is not a number; a weight or activation is NaN")
     return value

@@ -30,30 +30,55 @@ def optimal_brain_surgeon(weight: Tensor, hessian: Tensor, pattern: Pattern, nam
     `pattern.columns` at a time, by w^2 / [H^-1]_ii of what they have been updated to by then. An input that was always
     zero loses its weights. Raises `UserError`, calling the weight by `name`, when no damping makes H positive definite.
     """
+    keep = torch.empty(weight.shape[::-1], device=weight.device)
+
+    def choose(part: slice, columns: Tensor, change: Tensor, factor: Tensor, scale: Tensor) -> None:
+        saliency = updated(part, columns, change, factor).mul_(scale[part]).square_()
+        keep[part] = pattern.keep(saliency, whole=True).T
+
+    return settle_columns(weight, hessian, pattern.columns, choose, lambda i, column: column * keep[i], name)
+
+
+def updated(part: slice, columns: Tensor, change: Tensor, factor: Tensor) -> Tensor:
+    """Where columns would go if none of them or after them lost more, [out, columns of the part]: they make up for what
+    was lost before them, and for one another. columns, change, factor: as `settle_columns` has them."""
+    above = factor[part, part]
+    free = torch.linalg.solve_triangular(above, change[part].T, upper=True, left=False, unitriangular=True)
+    return columns[part].T + free
+
+
+def settle_columns(
+    weight: Tensor,
+    hessian: Tensor,
+    unit: int,
+    begin: Callable[[slice, Tensor, Tensor, Tensor, Tensor], None],
+    settle: Callable[[int, Tensor], Tensor],
+    name: str = "matrix",
+) -> Tensor:
+    """Settle the columns of a weight [out, in] from left to right, those to come making up for what each has lost.
+
+    settle: (number of a column, what it has been updated to [out]) -> what it stays at. begin: called before `unit`
+    columns with (their slice; the weight transposed; for columns to come, what they have been moved by; A; the root
+    of D). Returns [out, in] in the type of the Hessian; raises as `factorise` does.
+    """
     factor, scale = factorise(hessian, name)
     # Transposed, so that a column of the weight is contiguous.
-    columns = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    columns = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
     columns[hessian.diagonal() == 0] = 0.0
     # Of columns that are done, W - W'; of those to come, the sum over j of (W - W')_j A_ji so far.
     change = torch.zeros_like(columns)
-    keep = torch.empty_like(columns)
 
-    def choose(first: int, last: int) -> None:
-        # Where these columns would go if nothing more were pruned: they make up for what was, and for one another.
-        part = slice(first, last)
-        above = factor[part, part]
-        free = torch.linalg.solve_triangular(above, change[part].T, upper=True, left=False, unitriangular=True)
-        saliency = (columns[part].T + free).mul_(scale[part]).square_()
-        keep[part] = pattern.keep(saliency, whole=True).T
-        from_left_to_right(first, last, 1, prune, carry)
+    def finish_unit(first: int, last: int) -> None:
+        begin(slice(first, last), columns, change, factor, scale)
+        from_left_to_right(first, last, 1, finish, carry)
 
-    def prune(i: int, _: int) -> None:
-        torch.addcmul(columns[i], columns[i] + change[i], keep[i], value=-1, out=change[i])
+    def finish(i: int, _: int) -> None:
+        torch.sub(columns[i], settle(i, columns[i] + change[i]), out=change[i])
 
     def carry(first: int, middle: int, last: int) -> None:
         change[middle:last].addmm_(factor[first:middle, middle:last].T, change[first:middle])
 
-    from_left_to_right(0, len(columns), pattern.columns, choose, carry)
+    from_left_to_right(0, len(columns), unit, finish_unit, carry)
     return (columns - change).T
 
 

@@ -1,0 +1,181 @@
+# What is not pruning weight by weight: smaller models, whole numbers, sparse activations. A step is named after what it
+# does; the last two are done to the finished model of another step, quantised/NAME/STEP and dynamic/NAME/STEP.
+
+
+rule prune_structured:
+    input:
+        model=model_ready("iter0"),
+    output:
+        model="results/structured/{run}/model/model.safetensors.index.json",
+        report="results/structured/{run}/pruning.json",
+    log:
+        "results/logs/structured/{run}/prune_structured.log",
+    benchmark:
+        "results/benchmarks/structured/{run}/prune_structured.jsonl"
+    conda:
+        "../envs/prune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(32000),
+        runtime=minutes(240),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "prune_structured.py",
+        code=code_hash("prune_structured.py"),
+        run=lambda wildcards: compression(f"structured/{wildcards.run}"),
+        folder=model_folder("iter0"),
+        text=text_arguments("calibration"),
+        text_content=text_fingerprint("calibration"),
+        options=section_flags("calibration"),
+        structured=flags(config["structured"]),
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+        smaller=subpath(output.model, parent=True),
+    message:
+        "structured/{wildcards.run}: making the model smaller"
+    shell:
+        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
+        " {params.structured} --seed {params.seed} --device {params.device} {params.trust}"
+        " --output-model {params.smaller} --output-report {output.report} --log {log}"
+
+
+rule quantise:
+    input:
+        model=lambda wildcards: model_ready(wildcards.source),
+    output:
+        model="results/quantised/{run}/{source}/model/model.safetensors.index.json",
+        report="results/quantised/{run}/{source}/quantisation.json",
+    log:
+        "results/logs/quantised/{run}/{source}/quantise.log",
+    benchmark:
+        "results/benchmarks/quantised/{run}/{source}/quantise.jsonl"
+    conda:
+        "../envs/prune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(32000),
+        runtime=minutes(240),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "quantise.py",
+        code=code_hash("quantise.py"),
+        run=lambda wildcards: compression(f"quantised/{wildcards.run}/{wildcards.source}"),
+        folder=lambda wildcards: model_folder(wildcards.source),
+        text=text_arguments("calibration"),
+        text_content=text_fingerprint("calibration"),
+        options=section_flags("calibration"),
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+        quantised=subpath(output.model, parent=True),
+    message:
+        "quantised/{wildcards.run}/{wildcards.source}: quantising"
+    shell:
+        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
+        " --seed {params.seed} --device {params.device} {params.trust}"
+        " --output-model {params.quantised} --output-report {output.report} --log {log}"
+
+
+rule calibrate_thresholds:
+    input:
+        model=lambda wildcards: model_ready(wildcards.source),
+    output:
+        "results/dynamic/{run}/{source}/thresholds.json",
+    log:
+        "results/logs/dynamic/{run}/{source}/calibrate_thresholds.log",
+    benchmark:
+        "results/benchmarks/dynamic/{run}/{source}/calibrate_thresholds.jsonl"
+    conda:
+        "../envs/prune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(32000),
+        runtime=minutes(240),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "calibrate_thresholds.py",
+        code=code_hash("calibrate_thresholds.py"),
+        run=lambda wildcards: compression(f"dynamic/{wildcards.run}/{wildcards.source}"),
+        folder=lambda wildcards: model_folder(wildcards.source),
+        text=text_arguments("calibration"),
+        text_content=text_fingerprint("calibration"),
+        options=section_flags("calibration"),
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+    message:
+        "dynamic/{wildcards.run}/{wildcards.source}: thresholds of its activations"
+    shell:
+        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
+        " --seed {params.seed} --device {params.device} {params.trust} --output {output} --log {log}"
+
+
+rule evaluate_compressed:
+    input:
+        model=lambda wildcards: model_ready(wildcards.compressed),
+        report=lambda wildcards: compression_report(wildcards.compressed),
+        base_model=model_ready("iter0"),
+        base="results/iter0/eval.json",
+    output:
+        "results/{compressed}/eval.json",
+    log:
+        "results/logs/{compressed}/evaluate_compressed.log",
+    benchmark:
+        "results/benchmarks/{compressed}/evaluate_compressed.jsonl"
+    conda:
+        "../envs/evaluate.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(32000),
+        runtime=minutes(120),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "evaluate_compressed.py",
+        code=code_hash("evaluate_compressed.py"),
+        folder=lambda wildcards: model_folder(wildcards.compressed),
+        dense=model_folder("iter0"),
+        name=MODEL_NAME,
+        texts=text_arguments("evaluation"),
+        texts_content=text_fingerprint("evaluation"),
+        options=section_flags("evaluation"),
+        device=config["device"],
+        trust=TRUST,
+    message:
+        "{wildcards.compressed}: evaluating"
+    shell:
+        "python {params.script} --model {params.folder} --base-model {params.dense} --masks {input.report}"
+        " --base-eval {input.base} --step {wildcards.compressed} --model-name {params.name:q} --text {params.texts:q}"
+        " {params.options} --device {params.device} {params.trust} --output {output} --log {log}"
+
+
+# All in one job, so that the times compare; on a machine of its own where it has all threads.
+rule measure:
+    input:
+        models=[model_ready(step) for step in ALL_STEPS],
+        thresholds=[compression_report(step) for step in ALL_STEPS if step.startswith("dynamic/")],
+    output:
+        "results/measurements.json",
+    log:
+        "results/logs/measure.log",
+    benchmark:
+        "results/benchmarks/measure.jsonl"
+    conda:
+        "../envs/evaluate.yaml"
+    threads: workflow.cores
+    resources:
+        mem_mb=memory(64000),
+        runtime=minutes(120),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "measure.py",
+        code=code_hash("measure.py"),
+        steps=[word for step in ALL_STEPS for word in measured(step)],
+        options=flags({**config["speed"], "measured": None}),
+        device=config["device"],
+        trust=TRUST,
+    message:
+        "the size and the speed of all models"
+    shell:
+        "python {params.script} {params.steps} {params.options} --device {params.device} {params.trust}"
+        " --output {output} --log {log}"

@@ -1,0 +1,39 @@
+"""Find the thresholds below which activations count as zero at inference, for a share of zeros (uniform-0.5)."""
+
+import argparse
+from pathlib import Path
+
+from stepdown import cli
+from stepdown.activation_sparsity import FORMAT, calibrate_thresholds
+from stepdown.calibration import read_windows
+from stepdown.compressions import parse_dynamic
+from stepdown.decoder import open_decoder
+from stepdown.files import write_json
+
+
+def main(arguments: argparse.Namespace) -> None:
+    asked = parse_dynamic(arguments.run)
+    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+    windows, calibration = read_windows(arguments)
+    linears = calibrate_thresholds(decoder, windows, arguments.batch_size, asked)
+    sizes = {name: decoder.model.get_submodule(name).weight.numel() for name in linears}
+    achieved = sum(sizes[name] * linear["achieved"] for name, linear in linears.items()) / sum(sizes.values())
+    record = {
+        "format": FORMAT,
+        "run": arguments.run,
+        "base_model": decoder.checkpoint.identity()["base_model"],
+        "share": {"target": float(asked.share), "achieved": achieved},
+        "linears": linears,
+        "calibration": calibration,
+    }
+    write_json(arguments.output, record)
+    cli.log.info("%s: %.4f of the inputs are zero, weighted by the size of their linears", arguments.run, achieved)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="uniform-SHARE or greedy-SHARE, such as uniform-0.5")
+    cli.add_model_arguments(parser)
+    cli.add_calibration_arguments(parser)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of thresholds")
+    cli.run(main, parser)

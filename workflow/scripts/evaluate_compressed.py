@@ -1,0 +1,43 @@
+"""Evaluate a model that was made smaller, quantised, or runs on sparse activations: perplexity, sparsity, size."""
+
+import argparse
+import json
+from pathlib import Path
+
+from stepdown import cli, evaluation
+from stepdown.activation_sparsity import switch_on
+from stepdown.files import write_json
+from stepdown.sizes import remaining, size_of
+
+
+def main(arguments: argparse.Namespace) -> None:
+    settings = evaluation.settings_of(arguments)
+    base = json.loads(arguments.base_eval.read_text())["perplexity"]
+    report = json.loads(arguments.masks.read_text())
+    prepare = (lambda decoder: switch_on(decoder.model, arguments.masks)) if "linears" in report else None
+    found = evaluation.perplexities(arguments.model, settings, prepare)
+    kind, name = arguments.step.split("/")[:2]
+    method, _, pattern = name.partition("-")
+    result = {
+        "step": arguments.step,
+        "iteration": 1,
+        "model": arguments.model_name,
+        "perplexity": {text: {"base": base[text]["base"], "pruned": value} for text, value in found.items()},
+        "pruning": {"method": method, "pattern": pattern, "layers": kind},
+        "sparsity": remaining(arguments.model, arguments.base_model, arguments.trust_remote_code),
+        "size": size_of(arguments.model),
+        "compression": {key: value for key, value in report.items() if key not in ("format", "linears")},
+        "finetuning": {"method": "none", "epochs": 0, "tokens": 0},
+        "protocol": f"{evaluation.protocol(settings)} What of the dense model is no longer there counts as zero.",
+    }
+    write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base-model", type=Path, required=True, help="folder of the dense model")
+    parser.add_argument("--base-eval", type=Path, required=True, help="eval.json of the base model, same settings")
+    parser.add_argument("--step", required=True, help="name of the step, such as structured/slicegpt-0.25")
+    cli.add_model_arguments(parser)
+    evaluation.add_arguments(parser)
+    cli.run(main, parser)

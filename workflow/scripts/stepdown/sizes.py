@@ -1,0 +1,38 @@
+"""What a checkpoint takes: parameters, those not zero, bytes; and how much of the dense model's weights is left."""
+
+from pathlib import Path
+
+from .decoder import open_decoder
+from .files import weight_files
+from .masks import count_zeros
+from .quantised_checkpoint import open_checkpoint
+
+
+def size_of(folder: Path | str) -> dict[str, int]:
+    """`parameters`, `nonzeros` (both of weights, packed ones as what they stand for) and `bytes` of the weight files.
+
+    One tensor is in memory at a time; tied weights count once.
+    """
+    checkpoint = open_checkpoint(folder)
+    parameters = zeros = 0
+    for name in checkpoint.names:
+        tensor = checkpoint.tensors([name])[name]
+        parameters, zeros = parameters + tensor.numel(), zeros + count_zeros(tensor)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    return {"parameters": parameters, "nonzeros": parameters - zeros, "bytes": size}
+
+
+def remaining(folder: Path | str, base: Path | str, trust_remote_code: bool = False) -> dict[str, float | int]:
+    """`weights`: those in the linears of the dense model's decoder layers; `overall`: the share of them that is gone,
+    zero or not there any more. What a smaller model has in addition, such as shortcut matrices, is subtracted from it.
+    """
+    dense = open_decoder(base, "cpu", trust_remote_code)
+    weights = sum(linear.weight.numel() for linear in dense.linears().values())
+    left = open_decoder(folder, "cpu", trust_remote_code)
+    names = [f"{name}.weight" for name in left.linears()]
+    names += [name for name in left.checkpoint.names if name.endswith("_shortcut")]
+    nonzeros = 0
+    for name in names:
+        tensor = left.checkpoint.tensors([name])[name]
+        nonzeros += tensor.numel() - count_zeros(tensor)
+    return {"overall": max(0.0, 1 - nonzeros / weights), "weights": weights}
