@@ -1,1 +1,13 @@
-"""stepdown: progressive three-tier block pruning (Dense -> 2:4 -> TopK) of causal language models."""
+"""stepdown: progressive three-tier block pruning (Dense -> 2:4 -> TopK) of causal language models.
+
+`stepdown.load_packed(folder)` gives the model that pack.py wrote, ready to run.
+"""
+
+import importlib
+
+
+def __getattr__(name: str) -> object:
+    # Looked up when asked for, and by name: every script imports this file, and most need no torch and none of this.
+    if name == "load_packed":
+        return importlib.import_module("stepdown.packed.folder").load_packed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

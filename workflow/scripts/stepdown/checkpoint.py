@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -123,13 +124,9 @@ def rewrite_checkpoint(
     Everything is written beside `target` and takes its place at the end: on an error nothing half-written is left.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
-    target = Path(target)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as folder:
         for file in side_files(checkpoint.folder):
-            shutil.copyfile(file, partial / file.name)
+            shutil.copyfile(file, folder / file.name)
         weight_map, total_size = {}, 0
         for shard, names in progress(checkpoint.shards().items(), description):
             tensors = checkpoint.tensors(names)
@@ -137,10 +134,21 @@ def rewrite_checkpoint(
             change(tensors)
             tensors = {name: tensors[name].to(types[name]) for name in names}
             tensors |= {name: tensors[name].T for name in checkpoint.transposed.intersection(names)}
-            save_tensors(tensors, partial / f"{shard}.safetensors", {"format": "pt"})
+            save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
             weight_map.update(dict.fromkeys(names, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-        write_index(partial, weight_map, total_size, identity, checkpoint.transposed)
+        write_index(folder, weight_map, total_size, identity, checkpoint.transposed)
+
+
+@contextmanager
+def new_folder(target: Path | str) -> Iterator[Path]:
+    """A folder to write in that becomes `target` at the end, in place of what was there; on an error it is deleted."""
+    target = Path(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except BaseException:
@@ -169,16 +177,11 @@ def write_index(
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
     """Make `target` the same checkpoint as `source`, its weights by hard links where the file system has them."""
-    source, target = Path(source), Path(target)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        # The index is an output that Snakemake dates: it must be a file of its own.
-        copy = _link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
-        copy(file, partial / file.name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    with new_folder(target) as folder:
+        for file in sorted(Path(source).iterdir()):
+            # The index is an output that Snakemake dates: it must be a file of its own.
+            copy = _link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
+            copy(file, folder / file.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

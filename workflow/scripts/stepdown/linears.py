@@ -23,10 +23,10 @@ def as_linears_(model: nn.Module) -> list[str]:
     transposed = []
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            _replace(model, name, linear_of(module.weight.T, module.bias))
+            replace_module(model, name, linear_of(module.weight.T, module.bias))
             transposed.append(name)
         elif _are_fused_experts(module):
-            _replace(model, name, SeparateExperts(module))
+            replace_module(model, name, SeparateExperts(module))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and ".experts." in name:
             log.warning("%s: experts of a form that is not known here; they stay dense", name)
@@ -92,6 +92,7 @@ def _are_fused_experts(module: nn.Module) -> bool:
     return parameters.keys() == FUSED.keys() and not transposed
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the model has the one of that name."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, module.train(model.training))

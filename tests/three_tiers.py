@@ -1,0 +1,36 @@
+"""Random matrices in three tiers."""
+
+import torch
+from torch import Tensor
+
+from stepdown.blocks import grid_shape
+from stepdown.tiers import Tier, prune_top_k_, prune_two_four_, tier_counts
+
+
+def tiers_by_shares(shape: tuple[int, int], shares: tuple[str, str, str], seed: int = 0) -> Tensor:
+    """A tier map with so much of each tier, in random places."""
+    rows, columns = grid_shape(shape, 16)
+    counts = torch.tensor(tier_counts(shares, rows * columns))
+    tiers = torch.repeat_interleave(torch.tensor(list(Tier), dtype=torch.uint8), counts)
+    return tiers[torch.randperm(len(tiers), generator=torch.Generator().manual_seed(seed))].view(rows, columns)
+
+
+def random_three_tier(
+    shape: tuple[int, int],
+    k: int,
+    seed: int = 0,
+    tiers: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """A random weight [out, in] pruned as its tiers say, and the tiers; without tiers any, strips of one among them."""
+    generator = torch.Generator().manual_seed(seed)
+    if tiers is None:
+        rows, columns = grid_shape(shape, 16)
+        tiers = torch.randint(0, 3, (rows, columns), generator=generator, dtype=torch.uint8)
+        one_tier = torch.rand(rows, generator=generator) < 0.3
+        tiers[one_tier] = tiers[one_tier][:, :1]
+    weight = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
+    norms = torch.ones(shape[1])
+    prune_two_four_(weight, norms, tiers == Tier.TWO_FOUR, 16)
+    prune_top_k_(weight, norms, tiers == Tier.TOP_K, 16, k)
+    return weight, tiers

@@ -1,0 +1,54 @@
+"""Continue a prompt with a packed model and with the same weights dense in torch: the text, and how fast each came.
+
+python workflow/scripts/generate.py --model results/iter5/packed --prompt "Return the length of"
+"""
+
+import argparse
+import time
+
+import torch
+
+from stepdown import cli
+from stepdown.errors import UserError
+from stepdown.packed.folder import load_packed
+from stepdown.packed.linear import KERNELS
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    if arguments.tokens < 1 or not arguments.prompt:
+        raise UserError("--tokens must be 1 or more, and --prompt must not be empty")
+    options = {"device": arguments.device, "trust_remote_code": arguments.trust_remote_code}
+    texts = {}
+    # One after the other, so that only one of them is in memory.
+    for name, kernel in (("packed", arguments.kernel), ("dense in torch", "torch")):
+        model = load_packed(arguments.model, kernel, **options)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        tokens, speed = continue_prompt(model, tokenizer(arguments.prompt, return_tensors="pt"), arguments.tokens)
+        texts[name] = tokenizer.decode(tokens, skip_special_tokens=True)
+        if len(texts) == 1:
+            print(f"{texts[name]}\n")
+        print(f"{name + ':':16}{speed:8.1f} tokens/s")
+        del model
+    print("the same text" if len(set(texts.values())) == 1 else f"dense in torch goes on otherwise:\n{texts[name]}")
+
+
+def continue_prompt(model: torch.nn.Module, prompt: dict, count: int) -> tuple[torch.Tensor, float]:
+    """Greedy tokens, prompt included, int64 [tokens], and new tokens per second, the prompt's own time included."""
+    inputs = {name: tensor.to(model.device) for name, tensor in prompt.items() if name != "token_type_ids"}
+    # What happens once only, such as compiling for a GPU, is not counted.
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    start = time.perf_counter()
+    tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0].cpu()
+    seconds = time.perf_counter() - start
+    return tokens, (len(tokens) - inputs["input_ids"].shape[1]) / seconds
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_model_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (default: %(default)s)")
+    parser.add_argument("--kernel", choices=["auto", *KERNELS], default="auto", help="default: %(default)s")
+    cli.run(main, parser)

@@ -1,0 +1,23 @@
+"""Pack a step's model: of its 2:4 and TopK blocks only what is kept, in the form the three-tier kernels run."""
+
+import argparse
+from pathlib import Path
+
+from stepdown import cli
+from stepdown.checkpoint import Checkpoint
+from stepdown.packed.folder import write_packed
+from stepdown.tier_maps import read_tier_map
+
+
+def main(arguments: argparse.Namespace) -> None:
+    tier_map = read_tier_map(arguments.tier_map)
+    share = write_packed(Checkpoint(arguments.model), tier_map, arguments.tier_map, arguments.output)
+    cli.log.info("%s: the pruned matrices take %.3f of their dense size", arguments.output, share)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the pruned or finetuned model")
+    parser.add_argument("--tier-map", type=Path, required=True, help="tier map of this model")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the packed model")
+    cli.run(main, parser)

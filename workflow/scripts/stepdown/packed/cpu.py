@@ -1,0 +1,133 @@
+"""The C++ kernels: built on first use with this machine's compiler, kept in the user's cache, called through ctypes."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..cli import log
+from ..tiers import Tier
+from .format import BLOCK_SIZE, PackedMatrix, unpack
+
+SOURCE = Path(__file__).with_name("three_tier.cpp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+INSTRUCTIONS = {"avx2": 1, "avx512": 2}
+
+
+class NoKernel(Exception):
+    """Why this machine has no C++ kernels, in a line."""
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of three_tier.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("strips", "block_columns", "outputs", "k")] + [
+        (name, ctypes.c_void_p)
+        for name in ("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias")
+    ]
+
+
+class CpuMultiply:
+    """x -> x W^T + b, bf16 [rows, in] -> [rows, out], for a checked bf16 matrix; instructions: `avx512` or `avx2`."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, instructions: str):
+        self._library = library()
+        self._avx512 = int(instructions == "avx512")
+        self._packed = matrix
+        strips, block_columns = matrix.tiers.shape
+        self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
+        # Per strip, the columns of its blocks by tier; the blocks of each tier in the strips before.
+        columns = matrix.tiers.sort(dim=1, stable=True).indices.int()
+        counts = torch.stack([(matrix.tiers == tier).sum(1) for tier in Tier], dim=1)
+        starts = torch.cat([counts.new_zeros(1, len(Tier)), counts.cumsum(0)])
+        parts = [matrix.dense, matrix.two_four, matrix.positions, matrix.top_k, matrix.top_k_positions]
+        # Held, since the kernel knows addresses only.
+        self._tensors = [tensor.contiguous() for tensor in (*parts, columns, starts)]
+        self._tensors += [] if bias is None else [bias.contiguous()]
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], *addresses)
+
+    @property
+    def weight(self) -> Tensor:
+        return unpack(self._packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        y = x.new_empty(len(x), self._matrix.outputs)
+        matrix, threads = ctypes.byref(self._matrix), torch.get_num_threads()
+        self._library.three_tier_linear(matrix, x.data_ptr(), len(x), y.data_ptr(), threads, self._avx512)
+        return y
+
+
+def best_instructions() -> str:
+    """The fastest set of instructions this machine has; raises `NoKernel` when it has none or nothing can be built."""
+    level = library().three_tier_instructions()
+    for name, needed in sorted(INSTRUCTIONS.items(), key=lambda item: -item[1]):
+        if level >= needed:
+            return name
+    raise NoKernel("this processor has neither AVX-512 BF16 nor AVX2")
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The kernels, built if need be; raises `NoKernel` when there is no compiler or it cannot build them."""
+    return load_library(build())
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.three_tier_linear.argtypes = [pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int]
+    loaded.three_tier_linear.restype = None
+    return loaded
+
+
+def build(flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compile three_tier.cpp, unless that is in the cache from the same source, compiler, flags and torch."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise NoKernel("no C++ compiler found (g++ or clang++)")
+    # With torch's own OpenMP library the kernels share torch's threads.
+    openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))
+    command = [*compiler.split(), *flags, str(SOURCE), *openmp]
+    version = _run([*compiler.split(), "--version"])
+    key = hashlib.sha256("\n".join([version, torch.__version__, *command]).encode() + SOURCE.read_bytes()).hexdigest()
+    target = cache_folder() / f"three_tier-{key[:16]}.so"
+    if not target.exists():
+        log.info("building the C++ kernels with %s: a few seconds, once", compiler)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        try:
+            _run([*command, "-o", str(partial)])
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: below $XDG_CACHE_HOME or ~/.cache; for this process only if that is read-only."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepdown"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="stepdown-"))
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="stepdown-"))
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except OSError as error:
+        raise NoKernel(f"{command[0]} could not be run ({error.strerror})") from None
+    except subprocess.CalledProcessError as error:
+        log.debug("%s\n%s", " ".join(command), error.stderr)
+        reason = next((line for line in error.stderr.splitlines() if "error" in line), "no reason given")
+        raise NoKernel(f"{command[0]} could not build the kernels ({reason})") from None

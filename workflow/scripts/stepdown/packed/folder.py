@@ -1,0 +1,180 @@
+"""A packed model on disk: written from a checkpoint and its tier map, loaded as a model whose linears run packed.
+
+docs/packed-format.md has it byte for byte: one safetensors file per decoder layer, and `packed.json`, written last.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
+from ..cli import progress
+from ..decoder import build_empty, choose_device, stored_names
+from ..errors import UserError
+from ..files import safetensors_header, write_json
+from ..linears import as_linears_, replace_module
+from ..tier_maps import TierMap, check_same_model, check_zeros
+from .format import BLOCK_SIZE, PARTS, PackedMatrix, check, pack
+from .linear import ThreeTierLinear, choose_kernel, dense_linear
+
+FORMAT = "stepdown packed 1"
+INDEX_NAME = "packed.json"
+
+
+def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str, target: Path | str) -> float:
+    """Write the folder `target` from a checkpoint, one decoder layer in memory at a time.
+
+    Returns the bytes of the packed matrices as a share of what they take in the checkpoint. Raises `UserError` when the
+    map is of another checkpoint or block size, and leaves nothing half-written.
+    """
+    check_same_model(tier_map, map_path, checkpoint)
+    if tier_map.block_size != BLOCK_SIZE or not 1 <= tier_map.k <= BLOCK_SIZE**2:
+        raise UserError(
+            f"{map_path}: blocks of {tier_map.block_size} with k {tier_map.k}; the packed format is for blocks of"
+            f" {BLOCK_SIZE} with k from 1 to {BLOCK_SIZE**2}"
+        )
+    sizes = []
+    with new_folder(target) as folder:
+        for file in side_files(checkpoint.folder):
+            shutil.copyfile(file, folder / file.name)
+        hashes = {}
+        for shard, names in progress(checkpoint.shards().items(), "pack"):
+            file = folder / f"{shard}.safetensors"
+            tensors, metadata = _pack_shard(checkpoint, names, tier_map, sizes)
+            save_tensors(tensors, file, metadata)
+            hashes[file.name] = _sha256(file)
+        index = {"format": FORMAT, "block_size": BLOCK_SIZE, "k": tier_map.k, **tier_map.identity, "sha256": hashes}
+        write_json(folder / INDEX_NAME, index)
+    packed, dense = map(sum, zip(*sizes, strict=True))
+    return packed / dense
+
+
+def load_packed(folder: Path | str, kernel: str = "auto", device: str = "auto", trust_remote_code: bool = False):
+    """The Hugging Face model of a packed folder, in bf16 and ready to run, its linears `ThreeTierLinear`.
+
+    kernel: `auto` (the log says which it came to), `avx512`, `avx2`, `triton`, or `torch` (unpacked weights). The head
+    runs on the same kernel. Raises `UserError` for a folder that is not whole, of a later version, or changed since it
+    was written; all is checked before anything is computed.
+    """
+    folder, place = Path(folder), choose_device(device)
+    index = read_index(folder)
+    kernel = choose_kernel(kernel, place)
+    model = build_empty(folder, trust_remote_code).eval()
+    as_linears_(model)
+    stored = stored_names(model, SimpleNamespace(names=_names(folder, index)))
+    for file in progress(index["sha256"], "load"):
+        tensors, matrices = read_shard(folder / file, index)
+        _load_shard(model, stored, tensors, matrices, kernel, place)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(f"{folder}: no tensor for {missing[0]}; was it packed from this model? pack it again")
+    _pack_head(model, kernel)
+    return model.to(place).requires_grad_(False)
+
+
+def read_index(folder: Path) -> dict:
+    """What packed.json says; raises `UserError` unless it is there, of this version, and names files that are there."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise UserError(f"{folder}: no {INDEX_NAME}; give a folder that pack.py wrote")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found, files = index["format"], index["sha256"]
+        assert index["block_size"] == BLOCK_SIZE and 1 <= index["k"] <= BLOCK_SIZE**2 and files
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{path}: not readable as the index of a packed model; pack it again") from None
+    if found != FORMAT:
+        raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; use the version that wrote it")
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{folder}: {file}, named in {INDEX_NAME}, is missing; pack it again")
+    return index
+
+
+def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, PackedMatrix]]:
+    """The ordinary tensors and the packed matrices of one file by stored name, each checked; raises `UserError`."""
+    safetensors_header(path)
+    if _sha256(path) != index["sha256"][path.name]:
+        raise UserError(f"{path}: not as it was when it was packed (its sha256 differs); copy it again or pack again")
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: format {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    matrices = {}
+    for name, shape in json.loads(metadata["shapes"]).items():
+        try:
+            matrices[name] = PackedMatrix(tuple(shape), **{part: tensors.pop(f"{name}.{part}") for part in PARTS})
+            check(matrices[name], index["k"])
+        except KeyError as part:
+            raise UserError(f"{path}: {part.args[0]} is missing; pack it again") from None
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}; pack it again") from None
+    return tensors, matrices
+
+
+def _pack_shard(
+    checkpoint: Checkpoint, names: list[str], tier_map: TierMap, sizes: list[tuple[int, int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is stored of one decoder layer, and the file's metadata; notes packed and dense bytes of each matrix."""
+    tensors = checkpoint.tensors(names)
+    linears = [name for name in (key.removesuffix(".weight") for key in names) if name in tier_map.tiers]
+    shapes = {}
+    for name in linears:
+        weight = tensors.pop(f"{name}.weight")
+        check_zeros(tier_map, name, weight, checkpoint.folder)
+        matrix = pack(weight, tier_map.tiers[name], tier_map.k)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in matrix.tensors.items()}
+        shapes[name] = matrix.shape
+        sizes.append((matrix.nbytes, weight.nbytes))
+    return tensors, {"format": FORMAT, "k": str(tier_map.k), "shapes": json.dumps(shapes, sort_keys=True)}
+
+
+def _names(folder: Path, index: dict) -> list[str]:
+    """The names a checkpoint of the same model would have, without reading any tensor."""
+    names: set[str] = set()
+    for file in index["sha256"]:
+        header, _ = safetensors_header(folder / file)
+        shapes = json.loads(header.pop("__metadata__", {}).get("shapes", "{}"))
+        names |= {name for name in header if name.rpartition(".")[0] not in shapes or name.endswith(".bias")}
+        names |= {f"{name}.weight" for name in shapes}
+    return sorted(names)
+
+
+def _load_shard(
+    model: nn.Module,
+    stored: dict[str, str],
+    tensors: dict[str, Tensor],
+    matrices: dict[str, PackedMatrix],
+    kernel: str,
+    place: torch.device,
+) -> None:
+    """Put what one file holds where the model has it; stored: name in the model -> name in the file."""
+    ready = {
+        name: tensor.to(place, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    for name, source in stored.items():
+        linear = source.removesuffix(".weight")
+        if linear in matrices:
+            module = name.removesuffix(".weight")
+            bias = ready.get(stored.get(f"{module}.bias"))
+            replace_module(model, module, ThreeTierLinear(matrices[linear].to(device=place), bias, kernel))
+    own = {name: ready[source] for name, source in stored.items() if source in ready}
+    model.load_state_dict(own, strict=False, assign=True)
+
+
+def _pack_head(model: nn.Module, kernel: str) -> None:
+    """The head is Dense, and runs on the kernels as such; where torch computes it stays what it is."""
+    head = model.get_output_embeddings()
+    if kernel != "torch" and isinstance(head, nn.Linear):
+        name = next(name for name, module in model.named_modules() if module is head)
+        replace_module(model, name, dense_linear(head.weight, head.bias, kernel))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,160 @@
+"""A matrix in three tiers as docs/packed-format.md lays it out: only what the tiers keep, in the order it is computed.
+
+16 rows of W, a row of blocks, are a strip. The blocks of a tier stand one after the other, strip by strip and, inside a
+strip, column by column, so that the tier map alone says which block is where.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ..blocks import gather_blocks, grid_shape, pad_to_blocks, scatter_blocks_
+from ..errors import UserError
+from ..masks import keep_top_k
+from ..tiers import BLOCKS_AT_ONCE, Tier, count_tiers
+
+BLOCK_SIZE = 16
+# Which two of four columns are stored, by which of them are not zero (bit c: column c): those, and the first of the
+# others where they are fewer; in order.
+KEPT_PAIRS = torch.tensor([sorted(sorted(range(4), key=lambda c: not code >> c & 1)[:2]) for code in range(16)])
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """The parts of a matrix whose blocks are n0 Dense, n1 2:4 and n2 TopK.
+
+    shape: (out, in); tiers: uint8 [block rows, block cols]; dense: [n0, 8, 16, 2] (pair of columns, row, column of the
+    pair); two_four: [n1, 4, 16, 2] (group of 4 columns, row, which of the two kept); positions: uint8 [n1, 4, 8], the
+    kept's columns inside their group, 2 bits each; top_k: [n2, k]; top_k_positions: uint8 [n2, k], 16 * column + row.
+    The values have the matrix's own type.
+    """
+
+    shape: tuple[int, int]
+    tiers: Tensor
+    dense: Tensor
+    two_four: Tensor
+    positions: Tensor
+    top_k: Tensor
+    top_k_positions: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the name it is stored under."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "PackedMatrix":
+        """The same on another device, or with values of another type."""
+        moved = {part: tensor.to(device) for part, tensor in self.tensors.items()}
+        return replace(self, **moved | {part: moved[part].to(dtype or moved[part].dtype) for part in VALUES})
+
+
+VALUES = ("dense", "two_four", "top_k")
+PARTS = tuple(field.name for field in fields(PackedMatrix) if field.name != "shape")
+
+
+def pack(weight: Tensor, tiers: Tensor, k: int) -> PackedMatrix:
+    """Pack a weight [out, in] of any floating type whose zeros are as its tiers, uint8 [block rows, block cols], say.
+
+    Raises `ValueError` when a block holds more weights than its tier has room for.
+    """
+    padded = pad_to_blocks(weight, BLOCK_SIZE)
+
+    def packed(tier: Tier, pack_blocks: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`pack_blocks` over all blocks of a tier, a few at a time."""
+        pieces = (tiers == tier).nonzero().split(BLOCKS_AT_ONCE)
+        parts = [pack_blocks(gather_blocks(padded, index, BLOCK_SIZE)) for index in pieces]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    matrix = PackedMatrix(
+        tuple(weight.shape),
+        tiers.clone(),
+        *packed(Tier.DENSE, _pack_dense),
+        *packed(Tier.TWO_FOUR, _pack_two_four),
+        *packed(Tier.TOP_K, lambda blocks: _pack_top_k(blocks, k)),
+    )
+    if sum(int(getattr(matrix, part).count_nonzero()) for part in VALUES) != int(weight.count_nonzero()):
+        raise ValueError("a block holds more weights than its tier has room for")
+    return matrix
+
+
+def unpack(matrix: PackedMatrix) -> Tensor:
+    """The weight [out, in] that was packed, bit for bit; only a -0.0 that was pruned comes back as 0.0."""
+    padded = matrix.dense.new_zeros([BLOCK_SIZE * count for count in matrix.tiers.shape])
+    for tier, blocks in (
+        (Tier.DENSE, matrix.dense.transpose(1, 2)),
+        (Tier.TWO_FOUR, _unpack_two_four(matrix.two_four, matrix.positions)),
+        (Tier.TOP_K, _unpack_top_k(matrix.top_k, matrix.top_k_positions)),
+    ):
+        scatter_blocks_(padded, (matrix.tiers == tier).nonzero(), blocks.contiguous().view(-1, BLOCK_SIZE, BLOCK_SIZE))
+    return padded[: matrix.shape[0], : matrix.shape[1]].contiguous()
+
+
+def check(matrix: PackedMatrix, k: int) -> None:
+    """Raises `UserError` unless the parts fit each other; a kernel reads where they say without looking again."""
+    grid = grid_shape(matrix.shape, BLOCK_SIZE)
+    if matrix.tiers.dtype != torch.uint8 or tuple(matrix.tiers.shape) != grid or int(matrix.tiers.max()) > max(Tier):
+        raise UserError(f"the tiers are not {list(grid)} values from 0 to {int(max(Tier))}")
+    dense, two_four, top_k = count_tiers(matrix.tiers)
+    expected = {
+        "dense": [dense, 8, 16, 2],
+        "two_four": [two_four, 4, 16, 2],
+        "positions": [two_four, 4, 8],
+        "top_k": [top_k, k],
+        "top_k_positions": [top_k, k],
+    }
+    for part, shape in expected.items():
+        tensor, dtype = getattr(matrix, part), matrix.dense.dtype if part in VALUES else torch.uint8
+        if list(tensor.shape) != shape or tensor.dtype != dtype or (part in VALUES and not dtype.is_floating_point):
+            raise UserError(f"{part} is {tensor.dtype} {list(tensor.shape)}, but the tiers call for {dtype} {shape}")
+    first, second = _columns_of(matrix.positions).unbind(-1)
+    if not (first < second).all():
+        raise UserError("positions: a 2:4 group names a column twice or out of order")
+    if not (matrix.top_k_positions[:, 1:] > matrix.top_k_positions[:, :-1]).all():
+        raise UserError("top_k_positions: a TopK block names a place twice or out of order")
+
+
+def _pack_dense(blocks: Tensor) -> tuple[Tensor]:
+    """[n, 16, 16] -> [n, 8, 16, 2]."""
+    return (blocks.unflatten(2, (8, 2)).transpose(1, 2).contiguous(),)
+
+
+def _pack_two_four(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 16, 16] -> values [n, 4, 16, 2] and positions uint8 [n, 4, 8]."""
+    groups = blocks.unflatten(2, (4, 4)).transpose(1, 2)
+    code = ((groups != 0) * torch.tensor([1, 2, 4, 8])).sum(-1)
+    columns = KEPT_PAIRS[code]
+    shifts = torch.tensor([[0, 2], [4, 6]])
+    positions = (columns.unflatten(2, (8, 2)) << shifts).sum((-1, -2)).to(torch.uint8)
+    return groups.gather(-1, columns), positions
+
+
+def _columns_of(positions: Tensor) -> Tensor:
+    """uint8 [n, 4, 8] -> the two columns of each row inside its group, uint8 [n, 4, 16, 2]."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    return (positions[..., None] >> shifts & 3).view(-1, 4, BLOCK_SIZE, 2)
+
+
+def _unpack_two_four(values: Tensor, positions: Tensor) -> Tensor:
+    """What `_pack_two_four` was given."""
+    groups = values.new_zeros([len(values), 4, BLOCK_SIZE, 4])
+    groups.scatter_(-1, _columns_of(positions).long(), values)
+    return groups.transpose(1, 2)
+
+
+def _pack_top_k(blocks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[n, 16, 16] -> values [n, k] and positions uint8 [n, k]; a block of fewer weights names its first zeros too."""
+    entries = blocks.transpose(1, 2).flatten(1)
+    kept = keep_top_k((entries != 0).float(), torch.full([len(entries)], k))
+    positions = kept.nonzero()[:, 1].view(-1, k)
+    return entries.gather(1, positions), positions.to(torch.uint8)
+
+
+def _unpack_top_k(values: Tensor, positions: Tensor) -> Tensor:
+    entries = values.new_zeros([len(values), BLOCK_SIZE**2]).scatter_(1, positions.long(), values)
+    return entries.view(-1, BLOCK_SIZE, BLOCK_SIZE).transpose(1, 2)

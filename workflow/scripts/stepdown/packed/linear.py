@@ -1,0 +1,108 @@
+"""The linear that computes with a packed matrix, and the choice of what computes it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..blocks import grid_shape
+from ..cli import log
+from ..errors import UserError
+from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
+from .format import BLOCK_SIZE, PackedMatrix, pack, unpack
+
+
+class Multiply(Protocol):
+    """What a kernel makes of a matrix W and a bias b: x W^T + b, bf16 [rows, in] -> [rows, out]; `weight` is W."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class ThreeTierLinear(nn.Module):
+    """y = x W^T + b for a checked W [out, in] in three tiers, in bf16; for running a model, not for training it.
+
+    matrix: as read from a packed folder; bias: [out]; kernel: one of `KERNELS`. x may be of any floating type and any
+    shape [..., in]; y is of x's type.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernel: str):
+        super().__init__()
+        self.out_features, self.in_features = matrix.shape
+        self.kernel = kernel
+        self._multiply = KERNELS[kernel](matrix.to(torch.bfloat16), None if bias is None else bias.bfloat16())
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole W, bf16 [out, in], unpacked anew."""
+        return self._multiply.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._multiply(x.reshape(-1, self.in_features).bfloat16())
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kernel={self.kernel}"
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None, kernel: str) -> ThreeTierLinear:
+    """What the kernels make of an ordinary matrix [out, in]: every block Dense."""
+    tiers = torch.zeros(grid_shape(tuple(weight.shape), BLOCK_SIZE), dtype=torch.uint8)
+    return ThreeTierLinear(pack(weight, tiers, k=1), bias, kernel)
+
+
+class TorchMultiply:
+    """torch's own product with the unpacked matrix, which stays in memory."""
+
+    def __init__(self, matrix: PackedMatrix, bias: Tensor | None):
+        self.weight, self._bias = unpack(matrix), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self._bias)
+
+
+def _triton(matrix: PackedMatrix, bias: Tensor | None) -> Multiply:
+    # Imported here: Triton is where a GPU is.
+    from .triton_kernel import TritonMultiply
+
+    return TritonMultiply(matrix, bias)
+
+
+KERNELS: dict[str, Callable[[PackedMatrix, Tensor | None], Multiply]] = {
+    "avx512": partial(CpuMultiply, instructions="avx512"),
+    "avx2": partial(CpuMultiply, instructions="avx2"),
+    "triton": _triton,
+    "torch": TorchMultiply,
+}
+
+
+def choose_kernel(kernel: str, device: torch.device) -> str:
+    """`auto` is the fastest there is for a device, and the log says which; raises `UserError` for one not to be had."""
+    if kernel != "auto":
+        return _available(kernel)
+    if device.type == "cuda":
+        return "triton"
+    try:
+        chosen = best_instructions()
+        log.info("three-tier linears run on the CPU's %s kernel", chosen)
+        return chosen
+    except NoKernel as reason:
+        log.warning("three-tier linears run in torch on unpacked weights, as large and as slow as dense: %s", reason)
+        return "torch"
+
+
+def _available(kernel: str) -> str:
+    if kernel not in KERNELS:
+        raise UserError(f"kernel {kernel!r}: not one of auto, {', '.join(KERNELS)}")
+    if kernel in INSTRUCTIONS:
+        try:
+            level = library().three_tier_instructions()
+        except NoKernel as reason:
+            raise UserError(f"kernel {kernel!r}: {reason}; use 'torch'") from None
+        if level < INSTRUCTIONS[kernel]:
+            raise UserError(f"kernel {kernel!r}: this processor lacks its instructions; use 'auto'")
+    return kernel
