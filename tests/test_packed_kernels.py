@@ -150,4 +150,3 @@ def test_kernels_share_the_threads_of_torch():
     maps = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     libraries = {line.split()[-1] for line in maps.stdout.splitlines() if "libgomp" in line}
     assert len(libraries) == 1
-

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cli import log
-from ..tiers import Tier
-from .format import BLOCK_SIZE, PackedMatrix, unpack
+from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
 
 SOURCE = Path(__file__).with_name("three_tier.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
@@ -44,13 +43,9 @@ class CpuMultiply:
         self._packed = matrix
         strips, block_columns = matrix.tiers.shape
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
-        # Per strip, the columns of its blocks by tier; the blocks of each tier in the strips before.
-        columns = matrix.tiers.sort(dim=1, stable=True).indices.int()
-        counts = torch.stack([(matrix.tiers == tier).sum(1) for tier in Tier], dim=1)
-        starts = torch.cat([counts.new_zeros(1, len(Tier)), counts.cumsum(0)])
-        parts = [matrix.dense, matrix.two_four, matrix.positions, matrix.top_k, matrix.top_k_positions]
+        parts = (matrix.dense, matrix.two_four, matrix.positions, matrix.top_k, matrix.top_k_positions)
         # Held, since the kernel knows addresses only.
-        self._tensors = [tensor.contiguous() for tensor in (*parts, columns, starts)]
+        self._tensors = [tensor.contiguous() for tensor in (*parts, *strip_layout(matrix.tiers))]
         self._tensors += [] if bias is None else [bias.contiguous()]
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], *addresses)

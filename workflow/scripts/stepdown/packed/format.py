@@ -95,6 +95,17 @@ def unpack(matrix: PackedMatrix) -> Tensor:
     return padded[: matrix.shape[0], : matrix.shape[1]].contiguous()
 
 
+def strip_layout(tiers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the kernels find a strip's blocks, from the tier map.
+
+    Returns int32 [block rows, block cols], the columns of each strip's blocks in the order of their tiers, and int64
+    [block rows + 1, 3], how many blocks of each tier are in the strips before.
+    """
+    counts = torch.stack([(tiers == tier).sum(1) for tier in Tier], dim=1)
+    starts = torch.cat([counts.new_zeros(1, len(Tier)), counts.cumsum(0)])
+    return tiers.sort(dim=1, stable=True).indices.int(), starts
+
+
 def check(matrix: PackedMatrix, k: int) -> None:
     """Raises `UserError` unless the parts fit each other; a kernel reads where they say without looking again."""
     grid = grid_shape(matrix.shape, BLOCK_SIZE)
