@@ -30,7 +30,12 @@ def random_three_tier(
         one_tier = torch.rand(rows, generator=generator) < 0.3
         tiers[one_tier] = tiers[one_tier][:, :1]
     weight = (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(dtype)
-    norms = torch.ones(shape[1])
+    prune_blocks_(weight, tiers, k)
+    return weight, tiers
+
+
+def prune_blocks_(weight: Tensor, tiers: Tensor, k: int) -> None:
+    """Prune a weight [out, in] by magnitude as its tiers say, in place."""
+    norms = torch.ones(weight.shape[1])
     prune_two_four_(weight, norms, tiers == Tier.TWO_FOUR, 16)
     prune_top_k_(weight, norms, tiers == Tier.TOP_K, 16, k)
-    return weight, tiers

@@ -47,7 +47,7 @@ def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str
             file = folder / f"{shard}.safetensors"
             tensors, metadata = _pack_shard(checkpoint, names, tier_map, sizes)
             save_tensors(tensors, file, metadata)
-            hashes[file.name] = _sha256(file)
+            hashes[file.name] = sha256(file)
         index = {"format": FORMAT, "block_size": BLOCK_SIZE, "k": tier_map.k, **tier_map.identity, "sha256": hashes}
         write_json(folder / INDEX_NAME, index)
     packed, dense = map(sum, zip(*sizes, strict=True))
@@ -84,13 +84,15 @@ def read_index(folder: Path) -> dict:
         raise UserError(f"{folder}: no {INDEX_NAME}; give a folder that pack.py wrote")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found, files = index["format"], index["sha256"]
-        assert index["block_size"] == BLOCK_SIZE and 1 <= index["k"] <= BLOCK_SIZE**2 and files
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{path}: not readable as the index of a packed model; pack it again") from None
+        found, files = index["format"], list(index["sha256"].items())
+        whole = index["block_size"] == BLOCK_SIZE and 1 <= index["k"] <= BLOCK_SIZE**2 and files
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found, whole = FORMAT, False
     if found != FORMAT:
         raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; use the version that wrote it")
-    for file in files:
+    if not whole:
+        raise UserError(f"{path}: not readable as the index of a packed model; pack it again")
+    for file, _ in files:
         if Path(file).name != file or not (folder / file).is_file():
             raise UserError(f"{folder}: {file}, named in {INDEX_NAME}, is missing; pack it again")
     return index
@@ -99,7 +101,7 @@ def read_index(folder: Path) -> dict:
 def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, PackedMatrix]]:
     """The ordinary tensors and the packed matrices of one file by stored name, each checked; raises `UserError`."""
     safetensors_header(path)
-    if _sha256(path) != index["sha256"][path.name]:
+    if sha256(path) != index["sha256"][path.name]:
         raise UserError(f"{path}: not as it was when it was packed (its sha256 differs); copy it again or pack again")
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
@@ -114,6 +116,11 @@ def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, Pa
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}; pack it again") from None
     return tensors, matrices
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack_shard(
@@ -173,8 +180,3 @@ def _pack_head(model: nn.Module, kernel: str) -> None:
     if kernel != "torch" and isinstance(head, nn.Linear):
         name = next(name for name, module in model.named_modules() if module is head)
         replace_module(model, name, dense_linear(head.weight, head.bias, kernel))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
