@@ -104,12 +104,10 @@ def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, Pa
     if sha256(path) != index["sha256"][path.name]:
         raise UserError(f"{path}: not as it was when it was packed (its sha256 differs); copy it again or pack again")
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: format {metadata.get('format')!r}, this version reads {FORMAT!r}")
     matrices = {}
-    for name, shape in json.loads(metadata["shapes"]).items():
+    for name, shape in _shapes(path, metadata).items():
         try:
-            matrices[name] = PackedMatrix(tuple(shape), **{part: tensors.pop(f"{name}.{part}") for part in PARTS})
+            matrices[name] = PackedMatrix(shape, **{part: tensors.pop(f"{name}.{part}") for part in PARTS})
             check(matrices[name], index["k"])
         except KeyError as part:
             raise UserError(f"{path}: {part.args[0]} is missing; pack it again") from None
@@ -145,10 +143,23 @@ def _names(folder: Path, index: dict) -> list[str]:
     names: set[str] = set()
     for file in index["sha256"]:
         header, _ = safetensors_header(folder / file)
-        shapes = json.loads(header.pop("__metadata__", {}).get("shapes", "{}"))
+        shapes = _shapes(folder / file, header.pop("__metadata__", {}))
         names |= {name for name in header if name.rpartition(".")[0] not in shapes or name.endswith(".bias")}
         names |= {f"{name}.weight" for name in shapes}
     return sorted(names)
+
+
+def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """Name -> [out, in] of the packed matrices in a file, by its metadata; raises `UserError` if they are no such."""
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: format {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    try:
+        shapes = {name: (rows, columns) for name, (rows, columns) in json.loads(metadata["shapes"]).items()}
+        if all(type(size) is int and size > 0 for shape in shapes.values() for size in shape):
+            return shapes
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path}: its metadata do not say which matrices it holds; pack it again")
 
 
 def _load_shard(

@@ -77,6 +77,12 @@ __attribute__((always_inline)) inline void add_top_k(const bf16 *values, const u
     }
 }
 
+// Asks for the inputs of a TopK block ahead of time: they are a few lines here and there, which nothing else foresees.
+template <int R>
+__attribute__((always_inline)) inline void fetch_inputs(const uint8_t *positions, int64_t k, const float *x_wide) {
+    for (int64_t j = 0; j < k; ++j) __builtin_prefetch(x_wide + (positions[j] >> 4) * R);
+}
+
 // --- AVX-512 BF16 and VBMI ---------------------------------------------------------------------------------------------
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma,avx2")))
@@ -137,17 +143,24 @@ AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const fl
         for (auto &sum : chain) sum = _mm512_setzero_ps();
     alignas(64) float rest[B * R] = {};
     const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = run_of(m, strip, 2);
-    // Side by side: while one tier waits for memory the other computes.
     const int64_t longest = std::max({dense.count, two_four.count, top_k.count});
-    for (int64_t b = 0; b < longest; ++b) {
-        if (b < dense.count)
-            add_dense(m.dense + (dense.first + b) * B * B, x + int64_t(dense.columns[b]) * R * B, total);
-        if (b < two_four.count)
+    // With few rows of x one block of each tier in turn: while one waits for memory the other computes. With many, where
+    // nothing waits, tier after tier.
+    const int64_t turn = R <= 4 ? 1 : longest;
+    for (int64_t start = 0; start < longest; start += turn) {
+        for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
+            add_dense(m.dense + (dense.first + b) * B * B, x + dense.columns[b] * int64_t(B * R), total);
+        for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
             add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
-                         x + int64_t(two_four.columns[b]) * R * B, total);
-        if (b < top_k.count)
+                         x + two_four.columns[b] * int64_t(B * R), total);
+        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b) {
+            const int64_t later = std::min(b + 4, top_k.count - 1);
+            if (R > 4)
+                fetch_inputs<R>(m.top_k_positions + (top_k.first + later) * m.k, m.k,
+                                x_wide + top_k.columns[later] * int64_t(B * R));
             add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
-                         x_wide + int64_t(top_k.columns[b]) * B * R, rest);
+                         x_wide + top_k.columns[b] * int64_t(B * R), rest);
+        }
     }
     for (int n = 0; n < R; ++n) {
         for (int chain = 1; chain < total.CHAINS; ++chain)
@@ -223,15 +236,16 @@ AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float 
     alignas(64) float rest[B * R] = {};
     const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = run_of(m, strip, 2);
     const int64_t longest = std::max({dense.count, two_four.count, top_k.count});
-    for (int64_t b = 0; b < longest; ++b) {
-        if (b < dense.count)
-            add_dense(m.dense + (dense.first + b) * B * B, x_wide + int64_t(dense.columns[b]) * R * B, total);
-        if (b < two_four.count)
+    const int64_t turn = R < 4 ? 1 : longest;
+    for (int64_t start = 0; start < longest; start += turn) {
+        for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
+            add_dense(m.dense + (dense.first + b) * B * B, x_wide + dense.columns[b] * int64_t(B * R), total);
+        for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
             add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
-                         x + int64_t(two_four.columns[b]) * R * B, total);
-        if (b < top_k.count)
+                         x + two_four.columns[b] * int64_t(B * R), total);
+        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b)
             add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
-                         x_wide + int64_t(top_k.columns[b]) * B * R, rest);
+                         x_wide + top_k.columns[b] * int64_t(B * R), rest);
     }
     for (int n = 0; n < R; ++n)
         for (int half = 0; half < 2; ++half) {
