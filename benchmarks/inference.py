@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "workflow/scripts"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from three_tiers import random_three_tier, tiers_by_shares
 

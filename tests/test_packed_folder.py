@@ -23,9 +23,10 @@ import stepdown
 from stepdown.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
-from stepdown.packed.folder import load_packed, read_index, read_shard, sha256, write_packed
+from stepdown.packed.folder import read_index, read_shard, sha256, write_packed
 from stepdown.packed.format import unpack
 from stepdown.packed.linear import ThreeTierLinear
+from stepdown.packed.model import load_packed
 from stepdown.tier_maps import dense_tier_map, write_tier_map
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +121,9 @@ def test_generates_what_the_checkpoint_generates(models):
         same += torch.equal(ours, theirs)
         if not torch.equal(ours, theirs):
             place = int((ours[: len(theirs)] != theirs[: len(ours)]).nonzero()[0])
-            first, second = dense(theirs[None, :place]).logits[0, -1][[ours[place], theirs[place]]].tolist()
+            first, second = (
+                dense(theirs[None, :place]).logits[0, -1, torch.stack([ours[place], theirs[place]])].tolist()
+            )
             assert first == pytest.approx(second, rel=2**-6)
     assert same >= 2
 

@@ -10,8 +10,8 @@ import torch
 
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.packed.folder import load_packed
 from stepdown.packed.linear import KERNELS
+from stepdown.packed.model import load_packed
 
 
 def main(arguments: argparse.Namespace) -> None:

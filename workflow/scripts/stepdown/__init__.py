@@ -9,5 +9,5 @@ import importlib
 def __getattr__(name: str) -> object:
     # Looked up when asked for, and by name: every script imports this file, and most need no torch and none of this.
     if name == "load_packed":
-        return importlib.import_module("stepdown.packed.folder").load_packed
+        return importlib.import_module("stepdown.packed.model").load_packed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

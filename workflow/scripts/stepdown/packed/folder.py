@@ -1,4 +1,4 @@
-"""A packed model on disk: written from a checkpoint and its tier map, loaded as a model whose linears run packed.
+"""A packed model on disk, written from a checkpoint and its tier map, and read and checked file by file.
 
 docs/packed-format.md has it byte for byte: one safetensors file per decoder layer, and `packed.json`, written last.
 """
@@ -7,20 +7,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
 from ..cli import progress
-from ..decoder import build_empty, choose_device, stored_names
 from ..errors import UserError
 from ..files import safetensors_header, write_json
-from ..linears import as_linears_, replace_module
 from ..tier_maps import TierMap, check_same_model, check_zeros
 from .format import BLOCK_SIZE, PARTS, PackedMatrix, check, pack
-from .linear import ThreeTierLinear, choose_kernel, dense_linear
 
 FORMAT = "stepdown packed 1"
 INDEX_NAME = "packed.json"
@@ -52,29 +47,6 @@ def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str
         write_json(folder / INDEX_NAME, index)
     packed, dense = map(sum, zip(*sizes, strict=True))
     return packed / dense
-
-
-def load_packed(folder: Path | str, kernel: str = "auto", device: str = "auto", trust_remote_code: bool = False):
-    """The Hugging Face model of a packed folder, in bf16 and ready to run, its linears `ThreeTierLinear`.
-
-    kernel: `auto` (the log says which it came to), `avx512`, `avx2`, `triton`, or `torch` (unpacked weights). The head
-    runs on the same kernel. Raises `UserError` for a folder that is not whole, of a later version, or changed since it
-    was written; all is checked before anything is computed.
-    """
-    folder, place = Path(folder), choose_device(device)
-    index = read_index(folder)
-    kernel = choose_kernel(kernel, place)
-    model = build_empty(folder, trust_remote_code).eval()
-    as_linears_(model)
-    stored = stored_names(model, SimpleNamespace(names=_names(folder, index)))
-    for file in progress(index["sha256"], "load"):
-        tensors, matrices = read_shard(folder / file, index)
-        _load_shard(model, stored, tensors, matrices, kernel, place)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise UserError(f"{folder}: no tensor for {missing[0]}; was it packed from this model? pack it again")
-    _pack_head(model, kernel)
-    return model.to(place).requires_grad_(False)
 
 
 def read_index(folder: Path) -> dict:
@@ -121,6 +93,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checkpoint_names(folder: Path, index: dict) -> list[str]:
+    """The names a checkpoint of the same model would have, without reading any tensor."""
+    names: set[str] = set()
+    for file in index["sha256"]:
+        header, _ = safetensors_header(folder / file)
+        shapes = _shapes(folder / file, header.pop("__metadata__", {}))
+        names |= {name for name in header if name.rpartition(".")[0] not in shapes or name.endswith(".bias")}
+        names |= {f"{name}.weight" for name in shapes}
+    return sorted(names)
+
+
 def _pack_shard(
     checkpoint: Checkpoint, names: list[str], tier_map: TierMap, sizes: list[tuple[int, int]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -138,17 +121,6 @@ def _pack_shard(
     return tensors, {"format": FORMAT, "k": str(tier_map.k), "shapes": json.dumps(shapes, sort_keys=True)}
 
 
-def _names(folder: Path, index: dict) -> list[str]:
-    """The names a checkpoint of the same model would have, without reading any tensor."""
-    names: set[str] = set()
-    for file in index["sha256"]:
-        header, _ = safetensors_header(folder / file)
-        shapes = _shapes(folder / file, header.pop("__metadata__", {}))
-        names |= {name for name in header if name.rpartition(".")[0] not in shapes or name.endswith(".bias")}
-        names |= {f"{name}.weight" for name in shapes}
-    return sorted(names)
-
-
 def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
     """Name -> [out, in] of the packed matrices in a file, by its metadata; raises `UserError` if they are no such."""
     if metadata.get("format") != FORMAT:
@@ -160,34 +132,3 @@ def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
     except (KeyError, ValueError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: its metadata do not say which matrices it holds; pack it again")
-
-
-def _load_shard(
-    model: nn.Module,
-    stored: dict[str, str],
-    tensors: dict[str, Tensor],
-    matrices: dict[str, PackedMatrix],
-    kernel: str,
-    place: torch.device,
-) -> None:
-    """Put what one file holds where the model has it; stored: name in the model -> name in the file."""
-    ready = {
-        name: tensor.to(place, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in tensors.items()
-    }
-    for name, source in stored.items():
-        linear = source.removesuffix(".weight")
-        if linear in matrices:
-            module = name.removesuffix(".weight")
-            bias = ready.get(stored.get(f"{module}.bias"))
-            replace_module(model, module, ThreeTierLinear(matrices[linear].to(device=place), bias, kernel))
-    own = {name: ready[source] for name, source in stored.items() if source in ready}
-    model.load_state_dict(own, strict=False, assign=True)
-
-
-def _pack_head(model: nn.Module, kernel: str) -> None:
-    """The head is Dense, and runs on the kernels as such; where torch computes it stays what it is."""
-    head = model.get_output_embeddings()
-    if kernel != "torch" and isinstance(head, nn.Linear):
-        name = next(name for name, module in model.named_modules() if module is head)
-        replace_module(model, name, dense_linear(head.weight, head.bias, kernel))

@@ -334,19 +334,17 @@ extern "C" void three_tier_linear(const Matrix *matrix, const bf16 *x, int64_t r
     static thread_local Inputs kept;
     Inputs &inputs = kept;
     inputs.reserve(kernel.rows, rows, m.block_columns);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for collapse(2)
+    // One thread is done with a single bundle before two have met.
+#pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
+    for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
+        for (int64_t column = 0; column < m.block_columns; ++column) inputs.fill(x, bundle, column);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t first = 0; first < m.strips; first += STRIPS_AT_ONCE)
         for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
-            for (int64_t column = 0; column < m.block_columns; ++column) inputs.fill(x, bundle, column);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < m.strips; first += STRIPS_AT_ONCE)
-            for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
-                for (int64_t strip = first; strip < std::min(first + STRIPS_AT_ONCE, m.strips); ++strip) {
-                    alignas(64) float sums[B * B];
-                    const int64_t start = bundle * m.block_columns * inputs.R * B;
-                    kernel.strip(m, strip, inputs.narrow.data() + start, inputs.wide.data() + start, sums);
-                    store(m, inputs, strip, bundle, sums, y);
-                }
-    }
+            for (int64_t strip = first; strip < std::min(first + STRIPS_AT_ONCE, m.strips); ++strip) {
+                alignas(64) float sums[B * B];
+                const int64_t start = bundle * m.block_columns * inputs.R * B;
+                kernel.strip(m, strip, inputs.narrow.data() + start, inputs.wide.data() + start, sums);
+                store(m, inputs, strip, bundle, sums, y);
+            }
 }
