@@ -17,6 +17,8 @@ namespace {
 constexpr int B = 16;
 // Strips that share a pass over x, so that x is read from the second-level cache and not from further away.
 constexpr int STRIPS_AT_ONCE = 4;
+// Rows of x that are held in the kernels' own layout; by then reading W again costs nothing beside computing.
+constexpr int64_t ROWS_AT_ONCE = 256;
 
 using bf16 = uint16_t;
 
@@ -315,20 +317,7 @@ void store(const Matrix &m, const Inputs &inputs, int64_t strip, int64_t bundle,
     }
 }
 
-} // namespace
-
-// 2: AVX-512 with BF16 and VBMI; 1: AVX2 with FMA; 0: neither.
-extern "C" int three_tier_instructions() {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return avx512 ? 2 : avx2 ? 1 : 0;
-}
-
-// x: bf16 [rows][16 * block columns]; y: bf16 [rows][outputs].
-extern "C" void three_tier_linear(const Matrix *matrix, const bf16 *x, int64_t rows, bf16 *y, int threads, int avx512) {
-    const Matrix &m = *matrix;
+void multiply(const Matrix &m, const bf16 *x, int64_t rows, bf16 *y, int threads, bool avx512) {
     const Kernel kernel = choose(avx512, rows);
     // Kept from call to call: fresh memory costs more than filling it.
     static thread_local Inputs kept;
@@ -347,4 +336,22 @@ extern "C" void three_tier_linear(const Matrix *matrix, const bf16 *x, int64_t r
                 kernel.strip(m, strip, inputs.narrow.data() + start, inputs.wide.data() + start, sums);
                 store(m, inputs, strip, bundle, sums, y);
             }
+}
+
+} // namespace
+
+// 2: AVX-512 with BF16 and VBMI; 1: AVX2 with FMA; 0: neither.
+extern "C" int three_tier_instructions() {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return avx512 ? 2 : avx2 ? 1 : 0;
+}
+
+// x: bf16 [rows][16 * block columns]; y: bf16 [rows][outputs].
+extern "C" void three_tier_linear(const Matrix *matrix, const bf16 *x, int64_t rows, bf16 *y, int threads, int avx512) {
+    for (int64_t start = 0; start < rows; start += ROWS_AT_ONCE)
+        multiply(*matrix, x + start * matrix->block_columns * B, std::min(ROWS_AT_ONCE, rows - start),
+                 y + start * matrix->outputs, threads, avx512);
 }
