@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_any_matrix_and_any_rows(kernel, data):
 
 
 @pytest.mark.parametrize("tier", Tier)
-@pytest.mark.parametrize("rows", [1, 6, 130])
+@pytest.mark.parametrize("rows", [1, 6, 300])
 def test_all_blocks_on_one_tier(kernel, tier, rows):
     tiers = torch.full(grid_shape((100, 130), 16), tier, dtype=torch.uint8)
     weight, _ = random_three_tier((100, 130), 10, tiers=tiers)
@@ -108,6 +109,14 @@ def test_not_a_number_stays_one(kernel):
     layer = ThreeTierLinear(pack(weight, tiers, 10), None, kernel)
     assert layer(torch.full((1, 16), torch.nan).bfloat16()).isnan().all()
     assert layer(torch.full((1, 16), torch.inf).bfloat16()).float().isfinite().logical_not().all()
+
+
+def test_parts_that_do_not_fit_reach_no_kernel(kernel):
+    weight, tiers = random_three_tier((48, 48), 10)
+    matrix = pack(weight, tiers, 10)
+    for part in ("dense", "two_four", "positions", "top_k"):
+        with pytest.raises(UserError, match=part):
+            ThreeTierLinear(replace(matrix, **{part: getattr(matrix, part)[1:]}), None, kernel)
 
 
 # ---------------------------------------------------------------- building and choosing

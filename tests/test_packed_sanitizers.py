@@ -31,7 +31,7 @@ for kernel in (name for name, needed in cpu.INSTRUCTIONS.items() if level >= nee
         for chosen in (tiers, *(torch.full_like(tiers, tier) for tier in range(3))):
             matrix = pack(random_three_tier(shape, k, seed, chosen)[0], chosen, k)
             layer = ThreeTierLinear(matrix, torch.zeros(shape[0]), kernel)
-            for rows in (0, 1, 2, 3, 5, 9, 16, 37):
+            for rows in (0, 1, 2, 3, 5, 9, 16, 37, 260):
                 layer(torch.randn(rows, shape[1]))
 print("all clean")
 """

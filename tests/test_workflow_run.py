@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from projects import ROOT, ROWS, snakemake
 
 from stepdown.checkpoint import Checkpoint
+from stepdown.packed.model import load_packed
 from stepdown.patterns import n_of_m
 from stepdown.tier_maps import read_tier_map
 from stepdown.tiers import count_tiers, tier_counts, violations
@@ -147,3 +149,12 @@ def test_a_script_tells_a_mistake_in_one_line(project, change, message):
 def test_every_script_explains_itself():
     for path in SCRIPTS.glob("*.py"):
         assert script(path.name, "--help").stdout.startswith("usage:"), path.name
+
+
+def test_an_iteration_is_packed_when_asked_for(project):
+    finished = snakemake(project, "results/iter2/packed/packed.json")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    packed = load_packed(project / "results/iter2/packed", "torch")
+    name = "model.layers.1.mlp.down_proj"
+    weight = Checkpoint(project / "results/iter2/finetuned_model").matrix(name)
+    assert torch.equal(packed.get_submodule(name).weight, weight.bfloat16())

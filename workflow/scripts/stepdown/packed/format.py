@@ -147,7 +147,7 @@ def _pack_two_four(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _columns_of(positions: Tensor) -> Tensor:
     """uint8 [n, 4, 8] -> the two columns of each row inside its group, uint8 [n, 4, 16, 2]."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=positions.device)
     return (positions[..., None] >> shifts & 3).view(-1, 4, BLOCK_SIZE, 2)
 
 

@@ -12,7 +12,7 @@ from ..blocks import grid_shape
 from ..cli import log
 from ..errors import UserError
 from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
-from .format import BLOCK_SIZE, PackedMatrix, pack, unpack
+from .format import BLOCK_SIZE, PackedMatrix, check, pack, unpack
 
 
 class Multiply(Protocol):
@@ -24,14 +24,16 @@ class Multiply(Protocol):
 
 
 class ThreeTierLinear(nn.Module):
-    """y = x W^T + b for a checked W [out, in] in three tiers, in bf16; for running a model, not for training it.
+    """y = x W^T + b for a W [out, in] in three tiers, in bf16; for running a model, not for training it.
 
-    matrix: as read from a packed folder; bias: [out]; kernel: one of `KERNELS`. x may be of any floating type and any
-    shape [..., in]; y is of x's type.
+    bias: [out]; kernel: one of `KERNELS`. x may be of any floating type and any shape [..., in]; y is of x's type.
+    Raises `UserError` when the parts of the matrix do not fit each other.
     """
 
     def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernel: str):
         super().__init__()
+        # The kernels read where the parts say, and look no more.
+        check(matrix, k=matrix.top_k.shape[-1])
         self.out_features, self.in_features = matrix.shape
         self.kernel = kernel
         self._multiply = KERNELS[kernel](matrix.to(torch.bfloat16), None if bias is None else bias.bfloat16())

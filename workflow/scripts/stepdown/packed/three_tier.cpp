@@ -17,6 +17,8 @@ namespace {
 constexpr int B = 16;
 // Strips that share a pass over x, so that x is read from the second-level cache and not from further away.
 constexpr int STRIPS_AT_ONCE = 4;
+// Rows of x that are held in the kernels' own layout; by then reading W again costs nothing beside computing.
+constexpr int64_t ROWS_AT_ONCE = 256;
 
 using bf16 = uint16_t;
 
@@ -77,10 +79,17 @@ __attribute__((always_inline)) inline void add_top_k(const bf16 *values, const u
     }
 }
 
-// Asks for the inputs of a TopK block ahead of time: they are a few lines here and there, which nothing else foresees.
-template <int R>
-__attribute__((always_inline)) inline void fetch_inputs(const uint8_t *positions, int64_t k, const float *x_wide) {
-    for (int64_t j = 0; j < k; ++j) __builtin_prefetch(x_wide + (positions[j] >> 4) * R);
+// From so many rows of x at a time TopK blocks are multiplied as if Dense: filled up once, they serve all rows.
+constexpr int ROWS_FOR_TILES = 16;
+
+// The TopK blocks of a strip in the form of Dense ones: [blocks][8 pairs][16 rows][2].
+void fill_tiles(const Matrix &m, int64_t strip, bf16 *tiles) {
+    const Run run = run_of(m, strip, 2);
+    std::memset(tiles, 0, size_t(run.count) * B * B * sizeof(bf16));
+    for (int64_t j = 0; j < run.count * m.k; ++j) {
+        const int position = m.top_k_positions[run.first * m.k + j], column = position >> 4, row = position & 15;
+        tiles[j / m.k * B * B + column / 2 * 2 * B + row * 2 + column % 2] = m.top_k[run.first * m.k + j];
+    }
 }
 
 // --- AVX-512 BF16 and VBMI ---------------------------------------------------------------------------------------------
@@ -135,9 +144,11 @@ AVX512_INLINE void add_two_four(const bf16 *w, const uint64_t *words, const bf16
     }
 }
 
-// sums: float [R][16]; x: bf16 [block columns][R][16]; x_wide: the same as floats, [block columns][16][R].
+// sums: float [R][16]; x: bf16 [block columns][R][16]; x_wide: the same as floats, [block columns][16][R], for few rows;
+// tiles: what fill_tiles made of the strip, for many.
 template <int R>
-AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, float *sums) {
+AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, const bf16 *tiles,
+                         float *sums) {
     Totals512<R> total;
     for (auto &chain : total.of)
         for (auto &sum : chain) sum = _mm512_setzero_ps();
@@ -153,14 +164,12 @@ AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const fl
         for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
             add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
                          x + two_four.columns[b] * int64_t(B * R), total);
-        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b) {
-            const int64_t later = std::min(b + 4, top_k.count - 1);
-            if (R > 4)
-                fetch_inputs<R>(m.top_k_positions + (top_k.first + later) * m.k, m.k,
-                                x_wide + top_k.columns[later] * int64_t(B * R));
-            add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
-                         x_wide + top_k.columns[b] * int64_t(B * R), rest);
-        }
+        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b)
+            if constexpr (R >= ROWS_FOR_TILES)
+                add_dense(tiles + b * B * B, x + top_k.columns[b] * int64_t(B * R), total);
+            else
+                add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
+                             x_wide + top_k.columns[b] * int64_t(B * R), rest);
     }
     for (int n = 0; n < R; ++n) {
         for (int chain = 1; chain < total.CHAINS; ++chain)
@@ -229,7 +238,7 @@ template <int R> AVX2_INLINE void add_two_four(const bf16 *w, const uint64_t *wo
 
 // Same arguments as strip_avx512.
 template <int R>
-AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, float *sums) {
+AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, const bf16 *, float *sums) {
     Totals256<R> total;
     for (auto &chain : total.of)
         for (auto &row : chain) row[0] = row[1] = _mm256_setzero_ps();
@@ -258,7 +267,7 @@ AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float 
 
 // --- what both share ---------------------------------------------------------------------------------------------------
 
-using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, float *);
+using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, const bf16 *, float *);
 
 struct Kernel {
     int rows; // of x at a time
@@ -288,7 +297,7 @@ struct Inputs {
         R = rows_at_once, rows = all_rows, block_columns = columns, bundles = (all_rows + R - 1) / R;
         const size_t size = size_t(bundles * block_columns * R * B);
         // Permutations read a whole vector where they need half of one.
-        narrow.resize(size + 2 * B), wide.resize(size);
+        narrow.resize(size + 2 * B), wide.resize(R < ROWS_FOR_TILES ? size : 0);
     }
 
     void fill(const bf16 *x, int64_t bundle, int64_t column) {
@@ -300,7 +309,7 @@ struct Inputs {
                 std::memcpy(target, x + (row * block_columns + column) * B, B * sizeof(bf16));
             else
                 std::memset(target, 0, B * sizeof(bf16));
-            for (int c = 0; c < B; ++c) wide[start + c * R + n] = widen(target[c]);
+            for (int c = 0; c < B && !wide.empty(); ++c) wide[start + c * R + n] = widen(target[c]);
         }
     }
 };
@@ -313,6 +322,39 @@ void store(const Matrix &m, const Inputs &inputs, int64_t strip, int64_t bundle,
         for (int64_t o = 0; o < outputs; ++o)
             target[o] = narrow(sums[n * B + o] + (m.bias ? widen(m.bias[strip * B + o]) : 0.0f));
     }
+}
+
+// All rows of x by the strips from `first` to before `end`.
+void multiply_strips(const Matrix &m, const Kernel &kernel, const Inputs &inputs, int64_t first, int64_t end, bf16 *y) {
+    static thread_local std::vector<bf16> tiles;
+    const int64_t tiles_of_strip = inputs.R < ROWS_FOR_TILES ? 0 : m.block_columns * B * B;
+    tiles.resize(size_t(STRIPS_AT_ONCE * tiles_of_strip));
+    for (int64_t strip = first; strip < end && tiles_of_strip; ++strip)
+        fill_tiles(m, strip, tiles.data() + (strip - first) * tiles_of_strip);
+    for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
+        for (int64_t strip = first; strip < end; ++strip) {
+            alignas(64) float sums[B * B];
+            const int64_t start = bundle * m.block_columns * inputs.R * B;
+            const float *wide = tiles_of_strip ? nullptr : inputs.wide.data() + start;
+            kernel.strip(m, strip, inputs.narrow.data() + start, wide,
+                         tiles.data() + (strip - first) * tiles_of_strip, sums);
+            store(m, inputs, strip, bundle, sums, y);
+        }
+}
+
+void multiply(const Matrix &m, const bf16 *x, int64_t rows, bf16 *y, int threads, bool avx512) {
+    const Kernel kernel = choose(avx512, rows);
+    // Kept from call to call: fresh memory costs more than filling it.
+    static thread_local Inputs kept;
+    Inputs &inputs = kept;
+    inputs.reserve(kernel.rows, rows, m.block_columns);
+    // One thread is done with a single bundle before two have met.
+#pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
+    for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
+        for (int64_t column = 0; column < m.block_columns; ++column) inputs.fill(x, bundle, column);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t first = 0; first < m.strips; first += STRIPS_AT_ONCE)
+        multiply_strips(m, kernel, inputs, first, std::min(first + STRIPS_AT_ONCE, m.strips), y);
 }
 
 } // namespace
@@ -328,23 +370,7 @@ extern "C" int three_tier_instructions() {
 
 // x: bf16 [rows][16 * block columns]; y: bf16 [rows][outputs].
 extern "C" void three_tier_linear(const Matrix *matrix, const bf16 *x, int64_t rows, bf16 *y, int threads, int avx512) {
-    const Matrix &m = *matrix;
-    const Kernel kernel = choose(avx512, rows);
-    // Kept from call to call: fresh memory costs more than filling it.
-    static thread_local Inputs kept;
-    Inputs &inputs = kept;
-    inputs.reserve(kernel.rows, rows, m.block_columns);
-    // One thread is done with a single bundle before two have met.
-#pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
-    for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
-        for (int64_t column = 0; column < m.block_columns; ++column) inputs.fill(x, bundle, column);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t first = 0; first < m.strips; first += STRIPS_AT_ONCE)
-        for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
-            for (int64_t strip = first; strip < std::min(first + STRIPS_AT_ONCE, m.strips); ++strip) {
-                alignas(64) float sums[B * B];
-                const int64_t start = bundle * m.block_columns * inputs.R * B;
-                kernel.strip(m, strip, inputs.narrow.data() + start, inputs.wide.data() + start, sums);
-                store(m, inputs, strip, bundle, sums, y);
-            }
+    for (int64_t start = 0; start < rows; start += ROWS_AT_ONCE)
+        multiply(*matrix, x + start * matrix->block_columns * B, std::min(ROWS_AT_ONCE, rows - start),
+                 y + start * matrix->outputs, threads, avx512);
 }
