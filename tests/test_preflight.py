@@ -124,6 +124,17 @@ def test_numbers_given_as_text_are_read_as_yaml_reads_them():
     assert samples == 64
 
 
+def test_adapter_targets_that_match_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {f"layers.0.{name}.weight": torch.ones(2, 2) for name in ("q_proj", "up_proj")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for targets in ("all-linear", "q_proj", ["layers.0.up_proj", "q_proj"]):
+        preflight.check_adapter_targets(targets, tmp_path)
+    told = error_of(preflight.check_adapter_targets, ["q_proj", "v_proj"], tmp_path)
+    assert told == f"config key recovery.lora.targets: found 'v_proj'; {tmp_path} has q_proj, up_proj, or all-linear"
+    assert "found 'proj'" in error_of(preflight.check_adapter_targets, "proj", tmp_path)
+
+
 def test_block_size_and_k():
     preflight.check_block(4, 16)
     assert "multiple of 4" in error_of(preflight.check_block, 18, 10)

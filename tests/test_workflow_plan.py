@@ -256,7 +256,7 @@ def test_an_edited_row_reruns_its_iteration_and_later(finished):
 
 
 def test_more_epochs_retrain_the_one_shot_run_too(finished):
-    finished.edit("config/progressive_schedule.csv", "0.00,3", "0.00,4")
+    finished.edit("config/progressive_schedule.csv", "0.00,6", "0.00,7")
     retrained = jobs(["iter5", "oneshot/three-tier"], {"finetune", "evaluate"})
     assert finished.plan(MINE) == retrained | MEASURED
 

@@ -342,11 +342,12 @@ def one_schedule_options(step):
     LoRA's adapter is a new one in every iteration, and so is its optimizer.
     """
     options = {}
+    carried = config["recovery"]["method"] == "full"
     if row(step) is not SCHEDULE[-1]:
         options["learning_rate_schedule"] = "constant"
-        if config["recovery"]["method"] == "full":
+        if carried:
             options["output_optimizer"] = f"results/{step}/optimizer.safetensors"
-    if row(step) is not SCHEDULE[0] and config["recovery"]["method"] == "full":
+    if carried and any(earlier.epochs for earlier in SCHEDULE[: row(step).iteration - 1]):
         options |= {"warmup_steps": 0, "optimizer": f"results/{previous(step)}/optimizer.safetensors"}
     return options
 

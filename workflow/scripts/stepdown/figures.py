@@ -110,7 +110,8 @@ def _perplexity_panel(axes: Axes, steps: Sequence[dict], text: str) -> None:
     place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"base model {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
-    axes.legend(handles=_marker_key(any(step["epochs"] for step in steps)), loc="upper left", fontsize=9)
+    refitted = any("refitted" in step["perplexity"][text] for step in steps)
+    axes.legend(handles=_marker_key(refitted, any(step["epochs"] for step in steps)), loc="upper left", fontsize=9)
 
 
 def _perplexity_path(axes: Axes, steps: Sequence[dict], text: str, base: float, colour: str, shift: float) -> None:
@@ -164,9 +165,11 @@ def _perplexity_axis(axes: Axes, steps: Sequence[dict], text: str) -> None:
         axes.tick_params(axis="y", which="minor", left=False)
 
 
-def _marker_key(finetuned: bool) -> list[Line2D]:
+def _marker_key(refitted: bool, finetuned: bool) -> list[Line2D]:
     kind = {"color": GREY, "marker": "o", "linestyle": ""}
     key = [Line2D([], [], markerfacecolor="white", label="after pruning", **kind)]
+    if refitted:
+        key.append(Line2D([], [], markerfacecolor="white", label="after refitting", **kind | {"marker": "D"}))
     return [*key, Line2D([], [], label="after finetuning", **kind)] if finetuned else key
 
 

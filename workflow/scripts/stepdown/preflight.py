@@ -124,6 +124,8 @@ def check_inputs(config: dict) -> None:
     folder = local_model(config["model"])
     if folder:
         check_model(folder)
+        if config["recovery"]["method"] == "lora" and any(folder.glob("*.safetensors")):
+            check_adapter_targets(config["recovery"]["lora"]["targets"], folder)
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
@@ -174,6 +176,18 @@ def check_model(folder: Path) -> None:
     read_json_object(folder / "config.json")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
+
+
+def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
+    """Each target ends the name of a matrix, as far as the names on disk tell: experts have others once taken apart."""
+    headers = [safetensors_header(file)[0] for file in weight_files(folder)]
+    shapes = {name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"}
+    matrices = {f".{name.removesuffix('.weight')}" for name, shape in shapes.items() if len(shape) == 2}
+    for target in [targets] if isinstance(targets, str) else targets:
+        fits = target == "all-linear" or any(name.endswith(f".{target}") for name in matrices)
+        if not fits and all(len(shape) < 3 for shape in shapes.values()):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
+            raise UserError(f"config key recovery.lora.targets: found {target!r}; {folder} has {known}, or all-linear")
 
 
 def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_length: int) -> None:

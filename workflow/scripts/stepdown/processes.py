@@ -23,7 +23,8 @@ def check_processes(count: int, device: str) -> None:
 def run_in_processes(function: Callable[..., None], count: int, *arguments: Any) -> None:
     """Call `function(*arguments)` in `count` processes that torch.distributed and accelerate know of each other.
 
-    With one, in this process. A UserError of any is raised here; when one fails, or this one dies, all of them end.
+    With one, in this process. A mistake or system error of any is raised here as a UserError; when one fails, or this
+    one dies, all of them end.
     """
     if count == 1:
         function(*arguments)
@@ -47,7 +48,7 @@ def _work(rank: int, count: int, port: int, threads: int, errors: Any, function:
     torch.set_num_threads(threads)
     try:
         function(*arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         errors.put(str(error))
         raise
     finally:
