@@ -19,10 +19,10 @@ include: "workflow/rules/run.smk"
 
 
 wildcard_constraints:
-    step=r"iter[1-9]\d*|oneshot/[^/]+",
+    step=r"iter[1-9]\d*|(oneshot|gradual)/[^/]+",
     run=r"[^/]+",
-    source=r"iter\d+|oneshot/[^/]+|structured/[^/]+",
-    compressed=r"structured/[^/]+|(quantised|dynamic)/[^/]+/(iter\d+|oneshot/[^/]+|structured/[^/]+)",
+    source=r"iter\d+|(oneshot|gradual|structured)/[^/]+",
+    compressed=r"structured/[^/]+|(quantised|dynamic)/[^/]+/(iter\d+|(oneshot|gradual|structured)/[^/]+)",
 
 
 rule all:

@@ -257,7 +257,7 @@ def test_names_say_what_is_asked():
     assert parse_step("dynamic/greedy-0.4/iter3").share == Fraction(2, 5)
 
 
-# --- the bundled model -----------------------------------------------------------------------------------------------
+# --- sizes and broken weights ----------------------------------------------------------------------------------------
 
 
 def test_sizes_count_what_is_there(tmp_path):
@@ -265,3 +265,18 @@ def test_sizes_count_what_is_there(tmp_path):
     checkpoint = Checkpoint(folder)
     assert size_of(folder)["parameters"] == sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
     assert remaining(folder, folder)["overall"] == 0
+
+
+@pytest.mark.parametrize("removal", ["block_influence", "angular", "slicing"])
+def test_weights_that_are_not_finite_are_told(removal, tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    model = load(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="NaN"):
+        if removal == "slicing":
+            cut(folder, 32, tmp_path / "sliced")
+        else:
+            choose_layers(open_decoder(folder, "cpu"), TOKENS, 2, 1, removal)
+    assert not (tmp_path / "sliced").exists()

@@ -19,7 +19,7 @@ from stepdown.compressions import check_step, parse_step
 from stepdown.errors import UserError
 from stepdown.methods import method_names
 from stepdown.preflight import SPLITS_READ, check_inputs, check_writable, complete_config, local_model, text_files
-from stepdown.runs import parse_run
+from stepdown.runs import parse_gradual, parse_run
 from stepdown.schedule import one_shot, read_schedule
 
 
@@ -42,6 +42,7 @@ with one_line():
     # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.
     for step in config["compressions"]:
         check_step(step, local_model(config["model"]))
+    RUNS |= {f"gradual/{name}": parse_gradual(name, method_names()) for name in config["gradual"]["runs"]}
 
 STEPS = [f"iter{row.iteration}" for row in SCHEDULE]
 STEPS += [f"oneshot/{name}" for name in config["oneshot"] if name == "three-tier"]
@@ -104,7 +105,7 @@ def model_folder(step):
         return model_folder(source(step))
     return (
         f"results/{step}/finetuned_model"
-        if step.startswith(("iter", "oneshot/")) and step != "iter0"
+        if step.startswith(("iter", "oneshot/", "gradual/")) and step != "iter0"
         else f"results/{step}/model"
     )
 
@@ -146,13 +147,21 @@ def tier_map(step):
 
 def is_run(step):
     """Whether a step is pruned by what its name says; the iterations and oneshot/three-tier go by the schedule."""
-    return step.startswith("oneshot/") and step != "oneshot/three-tier"
+    return step.startswith(("oneshot/", "gradual/")) and step != "oneshot/three-tier"
 
 
 def run_of(step):
     """What the name of a one-shot run asks for."""
     try:
         return parse_run(step.removeprefix("oneshot/"), method_names())
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+
+
+def gradual_run(name):
+    """The name of a run whose masks are chosen while the model trains, once it is known to ask for something."""
+    try:
+        return parse_gradual(name, method_names()).name
     except UserError as error:
         raise SystemExit(f"error: {error}")
 
@@ -318,6 +327,10 @@ def layer_options(step):
         return []
     section = config["layer_sparsity"]
     return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
+
+
+# What pruning while training takes over from finetuning.
+GRADUAL_KEYS = ("sequence_length", "batch_size", "learning_rate", "bf16")
 
 
 def recovery_flags(step):

@@ -179,3 +179,42 @@ rule measure:
     shell:
         "python {params.script} {params.steps} {params.options} --device {params.device} {params.trust}"
         " --output {output} --log {log}"
+
+
+# Masks are chosen while the model trains; finetuning and evaluation are those of a one-shot run.
+rule prune_gradually:
+    input:
+        model=model_ready("iter0"),
+    output:
+        model="results/gradual/{run}/pruned_model/model.safetensors.index.json",
+        report="results/gradual/{run}/pruning.json",
+    log:
+        "results/logs/gradual/{run}/prune_gradually.log",
+    benchmark:
+        "results/benchmarks/gradual/{run}/prune_gradually.jsonl"
+    conda:
+        "../envs/finetune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(64000),
+        runtime=minutes(1440),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "prune_gradually.py",
+        code=code_hash("prune_gradually.py"),
+        run=lambda wildcards: gradual_run(wildcards.run),
+        folder=model_folder("iter0"),
+        text=text_arguments("recovery"),
+        text_content=text_fingerprint("recovery"),
+        options=flags({key: config["recovery"][key] for key in GRADUAL_KEYS}),
+        gradual=flags({**config["gradual"], "runs": None}),
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+        pruned=subpath(output.model, parent=True),
+    message:
+        "gradual/{wildcards.run}: pruning while the model trains"
+    shell:
+        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
+        " {params.gradual} --seed {params.seed} --device {params.device} {params.trust}"
+        " --output-model {params.pruned} --output-report {output.report} --log {log}"

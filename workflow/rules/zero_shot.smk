@@ -11,7 +11,7 @@ rule zero_shot:
     benchmark:
         "results/benchmarks/{step}/zero_shot.jsonl"
     wildcard_constraints:
-        step=r"iter\d+|oneshot/[^/]+",
+        step=r"iter\d+|(oneshot|gradual)/[^/]+",
     conda:
         "../envs/zero_shot.yaml"
     threads: THREADS

@@ -6,33 +6,27 @@ from fractions import Fraction
 from pathlib import Path
 
 from stepdown import cli
+from stepdown.calibration import read_windows
 from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
-from stepdown.files import check_length, write_json
+from stepdown.files import write_json
 from stepdown.layer_sparsity import LayerOptions
 from stepdown.methods import load_method, method_names
 from stepdown.oneshot import prune_checkpoint
 from stepdown.patterns import TierOptions
 from stepdown.runs import FORM, PATTERNS, parse_run
 from stepdown.saliency import SELECTIONS
-from stepdown.text import calibration_windows, describe, parse_text
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     run = parse_run(arguments.run, method_names())
     load_method(run.method)
-    text = parse_text(arguments.text)
-    check_length("--sequence-length", arguments.sequence_length, arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
+    windows, calibration = read_windows(arguments)
     decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
     report = prune_checkpoint(
         decoder, run, windows, arguments.batch_size, arguments.output_model, _tiers(arguments), _layers(arguments)
     )
-    calibration = {key: getattr(arguments, key) for key in ("samples", "sequence_length", "seed")}
-    write_json(arguments.output_report, report | {"calibration": {"text": describe(text, "train"), **calibration}})
+    write_json(arguments.output_report, report | {"calibration": calibration})
     cli.log.info("%s: sparsity %.4f", run.name, report["sparsity"]["achieved"])
 
 
@@ -59,12 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", required=True, help=f"{FORM}; patterns: {', '.join(PATTERNS)}")
     cli.add_model_arguments(parser)
-    cli.add_hidden_states_argument(parser)
-    parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
-    parser.add_argument("--samples", type=int, default=128, help="windows of text (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    cli.add_calibration_arguments(parser)
     tiers = parser.add_argument_group("three-tier and hybrid")
     tiers.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")
     tiers.add_argument("--k", type=int, default=10, help="weights kept in a TopK block (default: %(default)s)")

@@ -70,7 +70,7 @@ def parse_step(step: str) -> Structured | Quantisation | Dynamic:
         raise UserError(f"compression {step!r}: write structured/NAME, quantised/NAME/STEP or dynamic/NAME/STEP")
     if kind == "structured" and source:
         raise UserError(f"compression {step!r}: starts from the base model; leave {source} out")
-    if kind != "structured" and not re.fullmatch(r"iter\d+|oneshot/[^/]+|structured/[^/]+", source):
+    if kind != "structured" and not re.fullmatch(r"iter\d+|(oneshot|gradual|structured)/[^/]+", source):
         raise UserError(
             f"compression {step!r}: of which step? write iter0 or another step after it, {kind}/{name}/iter0"
         )

@@ -43,6 +43,7 @@ def choose_layers(
     check_layers(count, len(decoder.layers), decoder.checkpoint.folder)
     if removal == "angular":
         scores = angular_distance(decoder, windows, batch_size, count)
+        _check_finite(decoder, scores, removal)
         first = int(scores.argmin())
         return list(range(first, first + count)), scores.tolist()
     measure: dict[str, Callable[..., Tensor]] = {
@@ -51,7 +52,14 @@ def choose_layers(
         "perplexity": perplexity_without,
     }
     scores = measure[removal](decoder, windows, batch_size)
+    _check_finite(decoder, scores, removal)
     return sorted(scores.argsort(stable=True)[:count].tolist()), scores.tolist()
+
+
+def _check_finite(decoder: Decoder, scores: Tensor, removal: str) -> None:
+    if not scores.isfinite().all():
+        layer = int(scores.isfinite().int().argmin())
+        raise UserError(f"{decoder.checkpoint.folder}: {removal} of layer {layer} is no number; is a weight NaN?")
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Quantising a model, pruned or not: every prunable matrix becomes packed whole numbers, layer by layer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,6 +68,7 @@ def _quantise_layers(
             matrices = [name for name in decoder.linears() if f"{name}.weight" in names]
             if matrices:
                 weights = {name: decoder.checkpoint.matrix(name) for name in matrices}
+                _check_finite(decoder, weights)
                 yield shard, {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
         return
     name_of = {module: name for name, module in decoder.linears().items()}
@@ -76,12 +77,19 @@ def _quantise_layers(
         linears = {name_of[module]: module for module in layer.modules() if module in name_of}
         with accumulating_hessians(linears, len(windows)) as hessians:
             replay(advance=False)
+        _check_finite(decoder, {name: linear.weight for name, linear in linears.items()})
         found = {}
         for name, linear in linears.items():
             found[name] = _by_gptq(linear, hessians.get(name), asked, decoder.dtype, name)
             linear.weight.copy_(found[name].weight)
         replay()
         yield layer_name, found
+
+
+def _check_finite(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
 
 
 def _by_gptq(

@@ -70,6 +70,16 @@ def parse_run(name: str, methods: Collection[str]) -> Run:
     return Run(name, method, pattern, sparsity, n, m, block_size, layers)
 
 
+def parse_gradual(name: str, methods: Collection[str]) -> Run:
+    """The run of a name whose masks are chosen while the model trains; raises `UserError` as `parse_run` does."""
+    run = parse_run(name, methods)
+    if run.method not in ("magnitude", "wanda"):
+        raise UserError(f"gradual run {name!r}: {run.method} has no saliency to go by; write magnitude or wanda")
+    if run.pattern not in ("unstructured", "n-of-m") or run.layers != "uniform":
+        raise UserError(f"gradual run {name!r}: only unstructured and N of M rise; write such as wanda-2of4")
+    return run
+
+
 def _sparsity(name: str, text: str | None) -> Fraction | None:
     """Exactly what is written: 0.3 is 3/10, not the float beside it."""
     if text is None:

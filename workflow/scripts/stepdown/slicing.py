@@ -27,6 +27,8 @@ from .sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 
 def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
     """The width that is left when `ratio` of it goes, rounded down to a multiple of `round_to`; 0 leaves all of it."""
+    if round_to < 1:
+        raise UserError(f"round_to: found {round_to}; write a whole number such as 8")
     width = int(full_width * (1 - ratio))
     width = width - width % round_to if ratio else full_width
     if width < 1:
@@ -167,6 +169,8 @@ def _squares(states: Tensor) -> Tensor:
 
 
 def _directions(covariance: Tensor, width: int) -> Tensor:
+    if not covariance.isfinite().all():
+        raise UserError("slicegpt: a state on the calibration text is NaN or infinite; so must a weight be")
     return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].contiguous()
 
 
