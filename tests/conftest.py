@@ -16,6 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_configure() -> None:
+    """Where there is no GPU its kernels are interpreted; Triton reads that when anything first loads it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference results, texts and models beside the project; tests that need them skip where they are missing."""
