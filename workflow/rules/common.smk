@@ -192,14 +192,21 @@ def start_folder(step):
 @cache
 def code_hash(script):
     """Hash of a script and of the modules beside it that it imports, directly or not, as parsed: comments do not count."""
-    trees, waiting = {}, [SCRIPTS / script]
+    found, waiting = set(), [SCRIPTS / script]
     while waiting:
         path = waiting.pop()
-        if path not in trees:
-            trees[path] = ast.parse(path.read_bytes())
-            waiting += imported_files(path, trees[path])
-    dumps = [f"{path.relative_to(SCRIPTS)} {ast.dump(trees[path])}" for path in sorted(trees)]
+        if path not in found:
+            found.add(path)
+            waiting += parsed(path)[1]
+    dumps = [f"{path.relative_to(SCRIPTS)} {parsed(path)[0]}" for path in sorted(found)]
     return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
+
+
+@cache
+def parsed(path):
+    """The syntax tree of a file, hashed, and the files beside it that it imports."""
+    tree = ast.parse(path.read_bytes())
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported_files(path, tree)
 
 
 def imported_files(path, tree):
