@@ -275,9 +275,11 @@ TRUST = ["--trust-remote-code"] if config["trust_remote_code"] else []
 GPUS = int(config["device"] == "cuda")
 # As a share of Llama-2-7B.
 MODEL_SIZE = model_size(config["model"]) / LLAMA_2_7B
+# Planning and reporting are told of no number.
+CORES = workflow.resource_settings.cores or 16
 # What rules with much to compute ask for: half the cores, since the iterations and the one-shot run are two chains that
 # can go on side by side. A profile's set-threads sets it.
-THREADS = max(1, min(8, (workflow.resource_settings.cores or 16) // 2))
+THREADS = max(1, min(8, CORES // 2))
 
 
 def memory(mb):

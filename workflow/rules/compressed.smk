@@ -162,7 +162,7 @@ rule measure:
         "results/benchmarks/measure.jsonl"
     conda:
         "../envs/evaluate.yaml"
-    threads: workflow.cores
+    threads: CORES
     resources:
         mem_mb=memory(64000),
         runtime=minutes(120),
