@@ -413,7 +413,7 @@ def compare(folder, files, *arguments):
 def test_all_runs_are_compared(compared, tmp_path):
     tasks = {"step": "oneshot/wanda-2of4", "tasks": {"arc": {"acc": 0.25}}}
     write(tmp_path / "zero_shot.json", tasks)
-    sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000}
+    sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000, "packed_bytes": None}
     speeds = {"iter0": {"prefill": 90, "decode": 40}, "oneshot/wanda-2of4": {"prefill": 45, "decode": 50}}
     measured = {step: sizes | {"tokens_per_second": speed} for step, speed in speeds.items()}
     write(tmp_path / "measurements.json", {"steps": measured})
@@ -428,7 +428,7 @@ def test_all_runs_are_compared(compared, tmp_path):
     assert float(row["perplexity_pydoc_pruned"]) == float(row["perplexity_pydoc_finetuned"]) == 30
     assert (float(row["difference_pydoc"]), float(row["difference_percent_pydoc"])) == (10, pytest.approx(50))
     assert (float(row["pruning_seconds"]), row["finetuning_seconds"], float(row["peak_memory_mb"])) == (7, "", 250)
-    assert [row[key] for key in sizes] == ["1000", "500", "2000"]
+    assert [row[key] for key in sizes] == ["1000", "500", "2000", ""]
     assert [float(row[f"{kind}_to_dense"]) for kind in ("prefill", "decode")] == [0.5, 1.25]
     assert table["iter1"]["bytes"] == "" and "1,000" in finished.stdout and "1.25x" in finished.stdout
     assert float(row["arc_acc"]) == 0.25 and table["iter0"]["arc_acc"] == ""

@@ -380,9 +380,9 @@ def distills(step):
 
 
 def measured(step):
-    """A step as measure.py takes it: its name, the folder of its model, and the thresholds of its activations."""
-    thresholds = [compression_report(step)] if step.startswith("dynamic/") else []
-    return ["--step", step, model_folder(step), *thresholds]
+    """A step as measure.py takes it: its name, the folder of its model, its tier map or its activations' thresholds."""
+    more = [compression_report(step)] if step.startswith("dynamic/") else [tier_map(step)] if step in STEPS else []
+    return ["--step", step, model_folder(step), *more]
 
 
 def figure(name, category="Figures"):

@@ -9,18 +9,23 @@ from stepdown.errors import UserError
 from stepdown.files import write_json
 from stepdown.sizes import size_of
 from stepdown.speed import load_model, measure_speed
+from stepdown.tier_maps import read_tier_map
 
 
 def main(arguments: argparse.Namespace) -> None:
     found = {}
-    for step, folder, *thresholds in cli.progress(arguments.step, "measure"):
-        if len(thresholds) > 1:
-            raise UserError(f"--step {step}: give a name, a folder and at most one file of thresholds")
+    for step, folder, *more in cli.progress(arguments.step, "measure"):
+        if len(more) > 1:
+            raise UserError(f"--step {step}: give a name, a folder, and at most a tier map or a file of thresholds")
         model = load_model(folder, arguments.device, arguments.trust_remote_code)
-        for path in thresholds:
-            switch_on(model, path)
+        tier_map = None
+        for path in map(Path, more):
+            if path.suffix == ".json":
+                switch_on(model, path)
+            else:
+                tier_map = read_tier_map(path)
         speed = measure_speed(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
-        found[step] = {**size_of(folder), "tokens_per_second": speed}
+        found[step] = {**size_of(folder, tier_map), "tokens_per_second": speed}
     protocol = (
         f"batch 1; prefill: a prompt of {arguments.prompt_tokens} random tokens in one pass; decode: the next"
         f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs; all"
@@ -33,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--step", nargs="+", action="append", required=True, metavar="PART", help="NAME FOLDER [THRESHOLDS]"
+        "--step", nargs="+", action="append", required=True, metavar="PART", help="NAME FOLDER [TIER_MAP | THRESHOLDS]"
     )
     cli.add_device_arguments(parser)
     parser.add_argument("--prompt-tokens", type=int, default=128, help="default: %(default)s")

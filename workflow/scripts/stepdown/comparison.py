@@ -11,7 +11,8 @@ from .summary import BASE, difference_percent, iteration_of
 # Jobs of a step that neither prune nor finetune it.
 MEASURING = {"base_model", "evaluate", "evaluate_base", "evaluate_compressed", "zero_shot"}
 HEADINGS = ("run", "method", "pattern", "zeros %", "pruned", "finetuned", "+", "+ %", "pruning s", "finetuning s", "MB")
-SIZE_HEADINGS = ("run", "parameters", "nonzeros", "bytes", "prefill /s", "to dense", "decode /s", "to dense")
+SIZES = ("parameters", "nonzeros", "bytes", "packed_bytes")
+SIZE_HEADINGS = ("run", "parameters", "nonzeros", "bytes", "packed", "prefill /s", "to dense", "decode /s", "to dense")
 
 
 def rows(
@@ -66,7 +67,7 @@ def read_measurements(paths: Iterable[Path]) -> dict[str, dict[str, float]]:
             steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
             dense = steps[BASE]["tokens_per_second"]
             for step, record in steps.items():
-                found[step] = {key: record[key] for key in ("parameters", "nonzeros", "bytes")}
+                found[step] = {key: record[key] for key in SIZES}
                 for kind, speed in record["tokens_per_second"].items():
                     found[step] |= {f"{kind}_tokens_per_second": speed, f"{kind}_to_dense": speed / dense[kind]}
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
@@ -142,7 +143,7 @@ def _size_cells(row: dict) -> tuple[str, ...]:
         for kind in ("prefill", "decode")
         for text in (_rounded(row[f"{kind}_tokens_per_second"], 1), f"{row[f'{kind}_to_dense']:.2f}x")
     ]
-    return row["run"], *(f"{row[key]:,}" for key in ("parameters", "nonzeros", "bytes")), *speeds
+    return row["run"], *("" if row[key] is None else f"{row[key]:,}" for key in SIZES), *speeds
 
 
 def _cells(row: dict, text: str) -> tuple[str, ...]:

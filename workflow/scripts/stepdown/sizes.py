@@ -5,21 +5,28 @@ from pathlib import Path
 from .decoder import open_decoder
 from .files import weight_files
 from .masks import count_zeros
+from .packed.format import BLOCK_SIZE, packed_bytes
 from .quantised_checkpoint import open_checkpoint
+from .tier_maps import TierMap
 
 
-def size_of(folder: Path | str) -> dict[str, int]:
-    """`parameters`, `nonzeros` (both of weights, packed ones as what they stand for) and `bytes` of the weight files.
+def size_of(folder: Path | str, tier_map: TierMap | None = None) -> dict[str, int | None]:
+    """`parameters`, `nonzeros` (both of weights, quantised ones as what they stand for), `bytes` of the weight files,
+    and `packed_bytes`, what those would be with the matrices of a tier map packed; None without.
 
     One tensor is in memory at a time; tied weights count once.
     """
     checkpoint = open_checkpoint(folder)
-    parameters = zeros = 0
+    packable = tier_map.tiers if tier_map and tier_map.block_size == BLOCK_SIZE else {}
+    parameters = zeros = saved = 0
     for name in checkpoint.names:
         tensor = checkpoint.tensors([name])[name]
         parameters, zeros = parameters + tensor.numel(), zeros + count_zeros(tensor)
+        if (tiers := packable.get(name.removesuffix(".weight"))) is not None:
+            saved += tensor.nbytes - packed_bytes(tiers, tier_map.k, tensor.itemsize)
     size = sum(file.stat().st_size for file in weight_files(folder))
-    return {"parameters": parameters, "nonzeros": parameters - zeros, "bytes": size}
+    packed = size - saved if packable else None
+    return {"parameters": parameters, "nonzeros": parameters - zeros, "bytes": size, "packed_bytes": packed}
 
 
 def remaining(folder: Path | str, base: Path | str, trust_remote_code: bool = False) -> dict[str, float | int]:

@@ -58,6 +58,14 @@ VALUES = ("dense", "two_four", "top_k")
 PARTS = tuple(field.name for field in fields(PackedMatrix) if field.name != "shape")
 
 
+def packed_bytes(tiers: Tensor, k: int, value_bytes: int = 2) -> int:
+    """What a matrix of these tiers takes packed: values, their positions, and the tier map."""
+    dense, two_four, top_k = count_tiers(tiers)
+    entries = BLOCK_SIZE**2
+    blocks = dense * entries * value_bytes + two_four * entries // 8 * (4 * value_bytes + 1)
+    return tiers.numel() + blocks + top_k * k * (value_bytes + 1)
+
+
 def pack(weight: Tensor, tiers: Tensor, k: int) -> PackedMatrix:
     """Pack a weight [out, in] of any floating type whose zeros are as its tiers, uint8 [block rows, block cols], say.
 
