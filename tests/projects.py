@@ -27,6 +27,7 @@ CONFIG = {
         "evaluation_steps": 2,
     },
     "evaluation": {"sequence_length": 32, "batch_size": 16, "tokens": 2048},
+    "speed": {"prompt_tokens": 8, "new_tokens": 2, "repeats": 1},
 }
 
 

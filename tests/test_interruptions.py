@@ -95,7 +95,7 @@ def only(name):
 
 def contents(results):
     """Hash of each file but for those that tell times."""
-    tell_times = ("logs", "benchmarks", "report.html", "compare.csv", "compare.txt")
+    tell_times = ("logs", "benchmarks", "report.html", "compare.csv", "compare.txt", "measurements.json")
     paths = [path for path in Path(results).rglob("*") if path.is_file()]
     inside = {path.relative_to(results): path for path in paths}
     return {
