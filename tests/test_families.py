@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_oneshot_models import as_it_computes
 
 from stepdown.checkpoint import Checkpoint
+from stepdown.cli import log
 from stepdown.tier_maps import read_tier_map
 from stepdown.tiers import violations
 
@@ -32,6 +33,10 @@ def run(monkeypatch, script, **options):
         runpy.run_path(str(ROOT / f"workflow/scripts/{script}.py"), run_name="__main__")
     except SystemExit as end:
         assert not end.code, (script, Path("log").read_text())
+    finally:
+        # As it was before the script made it its own.
+        log.propagate = True
+        log.handlers.clear()
 
 
 @pytest.fixture(scope="module", params=["gpt2", "mixtral", "qwen2_moe"])

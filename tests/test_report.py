@@ -415,7 +415,8 @@ def test_all_runs_are_compared(compared, tmp_path):
     write(tmp_path / "zero_shot.json", tasks)
     sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000, "packed_bytes": None}
     speeds = {"iter0": {"prefill": 90, "decode": 40}, "oneshot/wanda-2of4": {"prefill": 45, "decode": 50}}
-    measured = {step: sizes | {"tokens_per_second": speed} for step, speed in speeds.items()}
+    dense = {"dense_tokens_per_second": speeds["iter0"]}
+    measured = {step: sizes | dense | {"tokens_per_second": speed} for step, speed in speeds.items()}
     write(tmp_path / "measurements.json", {"steps": measured})
     files = {flag: tmp_path / f"{flag.replace('-', '_')}.json" for flag in ("zero-shot", "measurements")}
     finished = compare(tmp_path, compared, *(word for flag, file in files.items() for word in (f"--{flag}", file)))
@@ -452,6 +453,6 @@ def test_a_broken_file_of_the_comparison_is_named(compared, tmp_path):
     write(tmp_path / "zero_shot.json", {"tasks": []})
     finished = compare(tmp_path, compared, "--zero-shot", tmp_path / "zero_shot.json")
     assert finished.returncode == 1 and "zero_shot.json: not the result of zero_shot.py" in finished.stderr
-    write(tmp_path / "measurements.json", {"steps": {}})
+    write(tmp_path / "measurements.json", {"steps": {"iter0": {}}})
     finished = compare(tmp_path, compared, "--measurements", tmp_path / "measurements.json")
     assert finished.returncode == 1 and "measurements.json: not the result of measure.py" in finished.stderr

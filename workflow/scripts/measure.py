@@ -1,4 +1,4 @@
-"""Measure every model in one run: parameters, those that are not zero, bytes, tokens/s of prefill and decode."""
+"""Measure every model, and the first, the dense one, beside it: parameters, nonzeros, bytes, tokens/s."""
 
 import argparse
 from pathlib import Path
@@ -14,6 +14,7 @@ from stepdown.tier_maps import read_tier_map
 
 def main(arguments: argparse.Namespace) -> None:
     found = {}
+    dense = load_model(arguments.step[0][1], arguments.device, arguments.trust_remote_code)
     for step, folder, *more in cli.progress(arguments.step, "measure"):
         if len(more) > 1:
             raise UserError(f"--step {step}: give a name, a folder, and at most a tier map or a file of thresholds")
@@ -24,12 +25,12 @@ def main(arguments: argparse.Namespace) -> None:
                 switch_on(model, path)
             else:
                 tier_map = read_tier_map(path)
-        speed = measure_speed(model, arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
-        found[step] = {**size_of(folder, tier_map), "tokens_per_second": speed}
+        speed, beside = measure_speed([model, dense], arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
+        found[step] = {**size_of(folder, tier_map), "tokens_per_second": speed, "dense_tokens_per_second": beside}
     protocol = (
         f"batch 1; prefill: a prompt of {arguments.prompt_tokens} random tokens in one pass; decode: the next"
-        f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs; all"
-        " models one after the other in one process. Zeros, packed weights and sparse activations run through dense"
+        f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs, in"
+        " which the model and the dense one take turns. Zeros, packed weights and sparse activations run through dense"
         " kernels."
     )
     write_json(arguments.output, {"protocol": protocol, "steps": found})

@@ -64,10 +64,9 @@ def read_measurements(paths: Iterable[Path]) -> dict[str, dict[str, float]]:
     found = {}
     for path in paths:
         try:
-            steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
-            dense = steps[BASE]["tokens_per_second"]
-            for step, record in steps.items():
+            for step, record in json.loads(path.read_text(encoding="utf-8"))["steps"].items():
                 found[step] = {key: record[key] for key in SIZES}
+                dense = record["dense_tokens_per_second"]
                 for kind, speed in record["tokens_per_second"].items():
                     found[step] |= {f"{kind}_tokens_per_second": speed, f"{kind}_to_dense": speed / dense[kind]}
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):

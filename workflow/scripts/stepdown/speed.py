@@ -1,7 +1,7 @@
 """Tokens per second of a loaded model: prefill, the prompt in one pass; decode, token by token with a cache."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -24,19 +24,25 @@ def load_model(folder: Path | str, device: str, trust_remote_code: bool = False)
 
 
 @torch.no_grad()
-def measure_speed(model: nn.Module, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, float]:
-    """`prefill` and `decode`, tokens/s of one sequence: of `repeats` runs the median, after one that does not count."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def measure_speed(
+    models: Sequence[nn.Module], prompt_tokens: int, new_tokens: int, repeats: int
+) -> list[dict[str, float]]:
+    """`prefill` and `decode` of each model, tokens/s of one sequence, the median of `repeats` runs.
+
+    They take turns, so that what else the machine does meets all alike; a first turn does not count.
+    """
+    vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    prompt = prompt.to(next(model.parameters()).device)
-    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+    prompt = prompt.to(next(models[0].parameters()).device)
+    seconds = [{"prefill": [], "decode": []} for _ in models]
     for _ in range(repeats + 1):
-        prefill, output = _timed(lambda: model(input_ids=prompt, use_cache=True), prompt.device)
-        decode, _ = _timed(lambda output=output: _decode(model, output, new_tokens), prompt.device)
-        seconds["prefill"].append(prefill)
-        seconds["decode"].append(decode)
+        for model, times in zip(models, seconds, strict=True):
+            prefill, output = _timed(lambda model=model: model(input_ids=prompt, use_cache=True), prompt.device)
+            decode, _ = _timed(lambda model=model, output=output: _decode(model, output, new_tokens), prompt.device)
+            times["prefill"].append(prefill)
+            times["decode"].append(decode)
     tokens = {"prefill": prompt_tokens, "decode": new_tokens}
-    return {name: tokens[name] / median(times[1:]) for name, times in seconds.items()}
+    return [{name: tokens[name] / median(times[1:]) for name, times in found.items()} for found in seconds]
 
 
 def _decode(model: nn.Module, output, new_tokens: int) -> Tensor:
