@@ -190,7 +190,9 @@ def finetuning(project, *arguments):
 
 
 def test_the_iterations_have_one_learning_rate_schedule(fresh):
-    told = finetuning(fresh)
+    rows = [f"{i},{1 - i / 10},{i / 10},0,1" for i in range(1, 6)]
+    (fresh.folder / "trained.csv").write_text("\n".join(["iteration,dense,mid_2_4,topk,epochs", *rows]))
+    told = finetuning(fresh, "--config", "schedule=trained.csv")
     for step, (warm_up, schedule, before, after) in {
         "iter1": (4, "constant", None, "iter1"),
         "iter3": (0, "constant", "iter2", "iter3"),
@@ -200,7 +202,7 @@ def test_the_iterations_have_one_learning_rate_schedule(fresh):
         assert f"--warmup-steps {warm_up} --learning-rate-schedule {schedule} " in told[step]
         for option, other in (("--optimizer", before), ("--output-optimizer", after)):
             assert (f" {option} results/{other}/optimizer.safetensors" in told[step]) == (other is not None)
-    restarted = finetuning(fresh, "--config", "recovery={one_schedule: false}")
+    restarted = finetuning(fresh, "--config", "schedule=trained.csv", "recovery={one_schedule: false}")
     assert all("--learning-rate-schedule cosine" in command for command in restarted.values())
     assert not any("optimizer.safetensors" in command for command in restarted.values())
 
@@ -256,7 +258,7 @@ def test_an_edited_row_reruns_its_iteration_and_later(finished):
 
 
 def test_more_epochs_retrain_the_one_shot_run_too(finished):
-    finished.edit("config/progressive_schedule.csv", "0.00,6", "0.00,7")
+    finished.edit("config/progressive_schedule.csv", "0.00,11", "0.00,12")
     retrained = jobs(["iter5", "oneshot/three-tier"], {"finetune", "evaluate"})
     assert finished.plan(MINE) == retrained | MEASURED
 
