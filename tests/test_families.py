@@ -14,6 +14,7 @@ from test_oneshot_models import as_it_computes
 
 from stepdown.checkpoint import Checkpoint
 from stepdown.cli import log
+from stepdown.files import INDEX_NAME
 from stepdown.tier_maps import read_tier_map
 from stepdown.tiers import violations
 
@@ -112,6 +113,22 @@ def test_experts_stored_in_one_parameter_are_imported_one_by_one(tmp_path, monke
     assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint("fused").names
     run(monkeypatch, "base_model", model="fused", output_model="model", output_tier_map="map")
     assert Checkpoint("model").content_hash() == Checkpoint("source").content_hash()
+
+
+def test_weights_in_several_files_are_linked_and_their_index_is_our_own(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_model("llama", tmp_path / "source"))
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    index = (tmp_path / "sharded" / INDEX_NAME).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "base_model", model="sharded", output_model="model", output_tier_map="map")
+    assert Path("sharded", INDEX_NAME).read_bytes() == index and not Path("model", INDEX_NAME).is_symlink()
+    assert Checkpoint("model").identity() == read_tier_map("map").identity
+    assert Checkpoint("model").content_hash() == Checkpoint("source").content_hash()
+    # A model that was pruned before is a base model like any other.
+    run(monkeypatch, "base_model", model="model", output_model="again", output_tier_map="map_again")
+    assert Checkpoint("again").identity() == read_tier_map("map_again").identity
 
 
 def test_pickled_weights_are_imported_as_safetensors(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from stepdown import cli
 from stepdown.checkpoint import Checkpoint, side_files, write_base_index
 from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
-from stepdown.files import INDEX_NAME, weight_files
+from stepdown.files import weight_files
 from stepdown.linears import FUSED
 from stepdown.tier_maps import dense_tier_map, write_tier_map
 
@@ -24,8 +24,7 @@ def main(arguments: argparse.Namespace) -> None:
     decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
     cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
-    write_base_index(decoder.checkpoint)
-    base_model = decoder.checkpoint.identity()["base_model"]
+    base_model = write_base_index(decoder.checkpoint)
     write_tier_map(dense_tier_map(shapes, arguments.block_size, arguments.k, base_model), arguments.output_tier_map)
 
 
@@ -72,16 +71,13 @@ def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """A folder of links to the files of another: nothing is copied, and the user's folder is never written to.
-
-    Only an index of the weights is not linked: a base model is given its own.
-    """
+    """A folder of links to the files of another: nothing is copied, and the user's folder is never written to."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     # Links stay right when the project is moved with the model inside it.
     inside = source.resolve().is_relative_to(Path.cwd())
     for file in source.iterdir():
-        if file.is_file() and file.name != INDEX_NAME:
+        if file.is_file():
             to = os.path.relpath(file.resolve(), target.resolve()) if inside else file.resolve()
             (target / file.name).symlink_to(to)
 

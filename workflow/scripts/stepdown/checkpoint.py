@@ -179,14 +179,20 @@ def new_folder(target: Path | str) -> Iterator[Path]:
         raise
 
 
-def write_base_index(checkpoint: Checkpoint) -> None:
-    """Write into the folder of a base model what only reading all its weights, or building the model, can tell."""
+def write_base_index(checkpoint: Checkpoint) -> str:
+    """Write into the folder of a base model what only reading all its weights, or building the model, can tell.
+
+    An index that is a link is replaced, not written through. Returns the hash by which the model is known from now on.
+    """
     weight_map, total_size = {}, 0
     for file in weight_files(checkpoint.folder):
         header, start = safetensors_header(file)
         weight_map.update(dict.fromkeys(header.keys() - {"__metadata__"}, file.name))
         total_size += file.stat().st_size - start
-    write_index(checkpoint.folder, weight_map, total_size, checkpoint.identity(), checkpoint.transposed)
+    base_model = checkpoint.content_hash()
+    identity = {"base_model": base_model, "iteration": "0"}
+    write_index(checkpoint.folder, weight_map, total_size, identity, checkpoint.transposed)
+    return base_model
 
 
 def write_index(
