@@ -1,6 +1,8 @@
 """What every command-line script shares: its log, its progress bars, and how it fails."""
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -11,12 +13,16 @@ from .errors import UserError
 
 log = logging.getLogger("stepdown")
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LARGE_BYTES = 1 << 23
+
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and call `main`; a `UserError` or a system error becomes one line and exit code 1."""
     parser.add_argument("--log", type=Path, help="also write messages to this file")
     arguments = parser.parse_args()
     _open_log(arguments.log)
+    _give_back_freed_memory()
     try:
         main(arguments)
     except UserError as error:
@@ -62,6 +68,15 @@ def progress(items: Iterable, description: str, total: int | None = None) -> Ite
     from tqdm import tqdm
 
     return tqdm(items, desc=description, total=total, disable=None, dynamic_ncols=True)
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc map large tensors one by one, so that those of a layer go back to the system when it is done with.
+
+    By itself it soon takes them from a heap, where what is left in between keeps the memory of layers long gone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _open_log(path: Path | None) -> None:
