@@ -35,7 +35,7 @@ def test_the_default_schedule():
     ]
     assert [row.dense_to_2_4 for row in rows] == ["0.1", "0.1", "0.15", "0.15", "0.15"]
     assert [row.mid_2_4_to_topk for row in rows] == ["0", "0.1", "0.05", "0.05", "0"]
-    assert [row.epochs for row in rows] == [1, 1, 1, 2, 6]
+    assert [row.epochs for row in rows] == [0, 0, 0, 0, 11]
 
 
 def test_one_shot_has_the_last_shares_and_all_epochs():
