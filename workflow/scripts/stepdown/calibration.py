@@ -13,6 +13,7 @@ from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
 from .files import check_length
+from .linears import watching_inputs
 from .text import calibration_windows, describe, parse_text
 from .tier_maps import TierMap
 
@@ -67,15 +68,8 @@ def accumulating_squares(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Te
             latest = inputs, squared_column_sums(inputs)
         sums[name] = sums[name] + latest[1] if name in sums else latest[1]
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: accumulate(name, inputs[0]))
-        for name, module in linears.items()
-    ]
-    try:
+    with watching_inputs(linears, accumulate):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def squared_column_sums(inputs: Tensor) -> Tensor:

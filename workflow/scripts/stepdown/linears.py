@@ -4,6 +4,9 @@ Two forms hide matrices: GPT-2's Conv1D holds them transposed, and a mixture of 
 in one 3-D parameter. What takes their place here computes the same, and is hooked and masked like any other linear.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +87,20 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach())
     return linear
+
+
+@contextmanager
+def watching_inputs(linears: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is called with the name of a linear and its inputs [..., in], each time it is given some."""
+    handles = [
+        linear.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _are_fused_experts(module: nn.Module) -> bool:

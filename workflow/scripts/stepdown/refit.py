@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cli import log
 from .decoder import Decoder, LayerWalk
 from .errors import UserError
+from .linears import watching_inputs
 
 # Conjugate gradient steps: the least that leave the perplexity where twice as many do.
 STEPS = 20
@@ -106,15 +107,8 @@ def _called_together(linears: dict[str, nn.Linear], replay: Callable[..., None])
             groups.append((inputs, []))
         groups[-1][1].append(name)
 
-    handles = [
-        linear.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
-        for name, linear in linears.items()
-    ]
-    try:
+    with watching_inputs(linears, record):
         replay(advance=False, batch=0)
-    finally:
-        for handle in handles:
-            handle.remove()
     tokens = max((inputs.shape[:-1].numel() for inputs, _ in groups), default=0)
     together = [names for inputs, names in groups if inputs.shape[:-1].numel() == tokens]
     if left_out := linears.keys() - set(chain(*together)):

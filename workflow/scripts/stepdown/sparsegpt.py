@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .cli import log
 from .errors import UserError
+from .linears import watching_inputs
 from .patterns import Pattern
 
 # Shares of the mean of diag(H) that are added to it, the next where one does not make it positive definite.
@@ -142,12 +143,5 @@ def accumulating_hessians(linears: dict[str, nn.Linear], samples: int) -> Iterat
             hessians[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1])
         hessians[name].addmm_(tokens.T, tokens, alpha=2 / samples)
 
-    handles = [
-        linear.register_forward_pre_hook(lambda _, inputs, name=name: accumulate(name, inputs[0]))
-        for name, linear in linears.items()
-    ]
-    try:
+    with watching_inputs(linears, accumulate):
         yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
