@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from ..cli import log
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
+from .quads import top_k_quads
 
 SOURCE = Path(__file__).with_name("three_tier.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
@@ -30,7 +31,10 @@ class _Matrix(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_int64) for name in ("strips", "block_columns", "outputs", "k")] + [
         (name, ctypes.c_void_p)
-        for name in ("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias")
+        for name in (
+            *("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias"),
+            *("quad_values", "quad_columns", "quad_blocks", "vectors_before", "quads_before"),
+        )
     ]
 
 
@@ -44,10 +48,13 @@ class CpuMultiply:
         strips, block_columns = matrix.tiers.shape
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
         parts = (matrix.dense, matrix.two_four, matrix.positions, matrix.top_k, matrix.top_k_positions)
+        quads = top_k_quads(matrix) if self._avx512 else ()
         # Held, since the kernel knows addresses only.
-        self._tensors = [tensor.contiguous() for tensor in (*parts, *strip_layout(matrix.tiers))]
-        self._tensors += [] if bias is None else [bias.contiguous()]
-        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._tensors = [
+            None if tensor is None else tensor.contiguous()
+            for tensor in (*parts, *strip_layout(matrix.tiers), bias, *quads)
+        ]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
         self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], *addresses)
 
     @property

@@ -3,7 +3,7 @@
 //
 // One vector of 16 floats holds the outputs of a strip. Dense blocks go two columns at a time, 32 weights against one pair
 // of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit positions: nothing is
-// decompressed. TopK blocks are so few weights that they are added one by one.
+// decompressed. TopK blocks go four at a time in the same way (quads.py); with AVX2 their weights are added one by one.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -32,6 +32,12 @@ struct Matrix {
     const int32_t *columns;         // [strips][block columns]: where the strip's blocks stand, Dense, 2:4, TopK
     const int64_t *starts;          // [strips + 1][3]: blocks of each tier in the strips before
     const bf16 *bias;               // [outputs] or null
+    // TopK blocks four at a time, for AVX-512: quads.py.
+    const bf16 *quad_values;        // [vectors][16 rows][2]
+    const uint8_t *quad_columns;    // [vectors][16 rows][2]: 16 * which of the four blocks + column
+    const int32_t *quad_blocks;     // [quads][4]: where in the strip the blocks stand
+    const int64_t *vectors_before;  // [quads + 1]
+    const int64_t *quads_before;    // [strips + 1]
 };
 
 // One strip's blocks of one tier.
@@ -79,19 +85,6 @@ __attribute__((always_inline)) inline void add_top_k(const bf16 *values, const u
     }
 }
 
-// From so many rows of x at a time TopK blocks are multiplied as if Dense: filled up once, they serve all rows.
-constexpr int ROWS_FOR_TILES = 16;
-
-// The TopK blocks of a strip in the form of Dense ones: [blocks][8 pairs][16 rows][2].
-void fill_tiles(const Matrix &m, int64_t strip, bf16 *tiles) {
-    const Run run = run_of(m, strip, 2);
-    std::memset(tiles, 0, size_t(run.count) * B * B * sizeof(bf16));
-    for (int64_t j = 0; j < run.count * m.k; ++j) {
-        const int position = m.top_k_positions[run.first * m.k + j], column = position >> 4, row = position & 15;
-        tiles[j / m.k * B * B + column / 2 * 2 * B + row * 2 + column % 2] = m.top_k[run.first * m.k + j];
-    }
-}
-
 // --- AVX-512 BF16 and VBMI ---------------------------------------------------------------------------------------------
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma,avx2")))
@@ -102,14 +95,24 @@ AVX512_INLINE __m512bh as_bh(__m512i bits) { return (__m512bh)bits; }
 
 // What goes on in a strip: enough independent sums [chain][row of x] of 16 outputs to hide the latency of one.
 template <int R> struct Totals512 {
-    static constexpr int CHAINS = std::max(1, 8 / R);
+    static constexpr int CHAINS = std::max(1, 4 / R);
     __m512 of[CHAINS][R];
 };
+
+// With few rows of x memory is what is waited for, with many it is not.
+constexpr bool waits_for_memory(int rows) { return rows <= 4; }
+
+// Fetch what lies some way ahead into the second-level cache: with several streams at once the processor's own
+// prefetching comes too late. The distances are measured.
+template <int R> AVX512_INLINE void fetch(const void *ahead) {
+    if constexpr (waits_for_memory(R)) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+}
 
 // w: [8 pairs][16 rows][2]; x: [R][16].
 template <int R> AVX512_INLINE void add_dense(const bf16 *w, const bf16 *x, Totals512<R> &total) {
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
+        fetch<R>(w + 32 * pair + 512);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * pair));
 #pragma GCC unroll 16
         for (int n = 0; n < R; ++n) {
@@ -121,61 +124,78 @@ template <int R> AVX512_INLINE void add_dense(const bf16 *w, const bf16 *x, Tota
     }
 }
 
-// w: [4 groups][16 rows][2]; words: [4 groups]; x: [R][16], readable 32 bytes beyond its end.
+// w: [4 groups][16 rows][2]; words: [4 groups]; x: [R][16].
 template <int R>
 AVX512_INLINE void add_two_four(const bf16 *w, const uint64_t *words, const bf16 *x, Totals512<R> &total) {
     // Of the word that byte 2 i takes eight bits from 2 i on of, the lowest two are position i.
     alignas(64) uint8_t offsets[64];
     for (int i = 0; i < 64; ++i) offsets[i] = uint8_t(i & ~1);
     const __m512i shifts = _mm512_load_si512(offsets);
-    const __m512i three = _mm512_set1_epi16(3);
+    fetch<R>(words + 16);
 #pragma GCC unroll 4
     for (int group = 0; group < 4; ++group) {
+        fetch<R>(w + 32 * group + 640);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * group));
         const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(int64_t(words[group])));
-        // (shifted & 3) | 4 * group: the column inside the block.
-        const __m512i index = _mm512_ternarylogic_epi32(shifted, three, _mm512_set1_epi16(short(4 * group)), 0xea);
 #pragma GCC unroll 16
         for (int n = 0; n < R; ++n) {
             __m512 &sum = total.of[group % total.CHAINS][n];
-            const __m512i permuted = _mm512_permutexvar_epi16(index, _mm512_loadu_si512(x + n * B));
+            int64_t four;
+            std::memcpy(&four, x + n * B + 4 * group, 8);
+            // Four inputs, eight times over: bits beyond the lowest two make no difference.
+            const __m512i permuted = _mm512_permutexvar_epi16(shifted, _mm512_set1_epi64(four));
             sum = _mm512_dpbf16_ps(sum, weights, as_bh(permuted));
         }
     }
 }
 
-// sums: float [R][16]; x: bf16 [block columns][R][16]; x_wide: the same as floats, [block columns][16][R], for few rows;
-// tiles: what fill_tiles made of the strip, for many.
+AVX512_INLINE __m512i side_by_side(const bf16 *left, const bf16 *right) {
+    const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)left));
+    return _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i *)right), 1);
+}
+
+// Four TopK blocks side by side. x: [block columns][R][16].
+template <int R> AVX512_INLINE void add_quad(const Matrix &m, int64_t quad, const bf16 *x, Totals512<R> &total) {
+    const int32_t *blocks = m.quad_blocks + 4 * quad;
+    const int64_t first = m.vectors_before[quad], end = m.vectors_before[quad + 1];
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const __m512i left = side_by_side(x + (blocks[0] * int64_t(R) + n) * B, x + (blocks[1] * int64_t(R) + n) * B);
+        const __m512i right = side_by_side(x + (blocks[2] * int64_t(R) + n) * B, x + (blocks[3] * int64_t(R) + n) * B);
+        for (int64_t v = first; v < end; ++v) {
+            fetch<R>(m.quad_values + 32 * v + 256), fetch<R>(m.quad_columns + 32 * v + 256);
+            const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
+            const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(m.quad_columns + 32 * v)));
+            __m512 &sum = total.of[0][n];
+            sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutex2var_epi16(left, index, right)));
+        }
+    }
+}
+
+// sums: float [R][16]; x: bf16 [block columns][R][16].
 template <int R>
-AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, const bf16 *tiles,
-                         float *sums) {
+AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const float *, float *sums) {
     Totals512<R> total;
     for (auto &chain : total.of)
         for (auto &sum : chain) sum = _mm512_setzero_ps();
-    alignas(64) float rest[B * R] = {};
-    const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = run_of(m, strip, 2);
-    const int64_t longest = std::max({dense.count, two_four.count, top_k.count});
-    // With few rows of x one block of each tier in turn: while one waits for memory the other computes. With many, where
-    // nothing waits, tier after tier.
-    const int64_t turn = R <= 4 ? 1 : longest;
-    for (int64_t start = 0; start < longest; start += turn) {
+    const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1);
+    const int64_t first_quad = m.quads_before[strip], quads = m.quads_before[strip + 1] - first_quad;
+    const int64_t longest = std::max({dense.count, two_four.count, quads});
+    // One block of each tier in turn, and the quads spread among them: while one waits for memory the other computes.
+    // Where nothing waits, tier after tier.
+    const int64_t turn = waits_for_memory(R) ? 1 : longest;
+    for (int64_t start = 0, quad = 0; start < longest; start += turn) {
         for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
             add_dense(m.dense + (dense.first + b) * B * B, x + dense.columns[b] * int64_t(B * R), total);
         for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
             add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
                          x + two_four.columns[b] * int64_t(B * R), total);
-        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b)
-            if constexpr (R >= ROWS_FOR_TILES)
-                add_dense(tiles + b * B * B, x + top_k.columns[b] * int64_t(B * R), total);
-            else
-                add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
-                             x_wide + top_k.columns[b] * int64_t(B * R), rest);
+        for (; quad * longest < (start + turn) * quads; ++quad) add_quad(m, first_quad + quad, x, total);
     }
     for (int n = 0; n < R; ++n) {
         for (int chain = 1; chain < total.CHAINS; ++chain)
             total.of[0][n] = _mm512_add_ps(total.of[0][n], total.of[chain][n]);
         _mm512_storeu_ps(sums + n * B, total.of[0][n]);
-        for (int row = 0; row < B; ++row) sums[n * B + row] += rest[row * R + n];
     }
 }
 
@@ -236,9 +256,9 @@ template <int R> AVX2_INLINE void add_two_four(const bf16 *w, const uint64_t *wo
         }
 }
 
-// Same arguments as strip_avx512.
+// The same; x_wide: x as floats, [block columns][16][R].
 template <int R>
-AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, const bf16 *, float *sums) {
+AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, float *sums) {
     Totals256<R> total;
     for (auto &chain : total.of)
         for (auto &row : chain) row[0] = row[1] = _mm256_setzero_ps();
@@ -267,7 +287,7 @@ AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float 
 
 // --- what both share ---------------------------------------------------------------------------------------------------
 
-using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, const bf16 *, float *);
+using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, float *);
 
 struct Kernel {
     int rows; // of x at a time
@@ -293,11 +313,10 @@ struct Inputs {
     std::vector<bf16> narrow;
     std::vector<float> wide;
 
-    void reserve(int rows_at_once, int64_t all_rows, int64_t columns) {
+    void reserve(int rows_at_once, int64_t all_rows, int64_t columns, bool with_wide) {
         R = rows_at_once, rows = all_rows, block_columns = columns, bundles = (all_rows + R - 1) / R;
         const size_t size = size_t(bundles * block_columns * R * B);
-        // Permutations read a whole vector where they need half of one.
-        narrow.resize(size + 2 * B), wide.resize(R < ROWS_FOR_TILES ? size : 0);
+        narrow.resize(size), wide.resize(with_wide ? size : 0);
     }
 
     void fill(const bf16 *x, int64_t bundle, int64_t column) {
@@ -326,18 +345,12 @@ void store(const Matrix &m, const Inputs &inputs, int64_t strip, int64_t bundle,
 
 // All rows of x by the strips from `first` to before `end`.
 void multiply_strips(const Matrix &m, const Kernel &kernel, const Inputs &inputs, int64_t first, int64_t end, bf16 *y) {
-    static thread_local std::vector<bf16> tiles;
-    const int64_t tiles_of_strip = inputs.R < ROWS_FOR_TILES ? 0 : m.block_columns * B * B;
-    tiles.resize(size_t(STRIPS_AT_ONCE * tiles_of_strip));
-    for (int64_t strip = first; strip < end && tiles_of_strip; ++strip)
-        fill_tiles(m, strip, tiles.data() + (strip - first) * tiles_of_strip);
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
         for (int64_t strip = first; strip < end; ++strip) {
             alignas(64) float sums[B * B];
             const int64_t start = bundle * m.block_columns * inputs.R * B;
-            const float *wide = tiles_of_strip ? nullptr : inputs.wide.data() + start;
-            kernel.strip(m, strip, inputs.narrow.data() + start, wide,
-                         tiles.data() + (strip - first) * tiles_of_strip, sums);
+            const float *wide = inputs.wide.empty() ? nullptr : inputs.wide.data() + start;
+            kernel.strip(m, strip, inputs.narrow.data() + start, wide, sums);
             store(m, inputs, strip, bundle, sums, y);
         }
 }
@@ -347,7 +360,7 @@ void multiply(const Matrix &m, const bf16 *x, int64_t rows, bf16 *y, int threads
     // Kept from call to call: fresh memory costs more than filling it.
     static thread_local Inputs kept;
     Inputs &inputs = kept;
-    inputs.reserve(kernel.rows, rows, m.block_columns);
+    inputs.reserve(kernel.rows, rows, m.block_columns, !avx512);
     // One thread is done with a single bundle before two have met.
 #pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
