@@ -71,9 +71,14 @@ def strike(folder, choose, end, delay, *targets):
 
 
 def jobs_of(main):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return main.children(recursive=True)
-    return []
+    """All processes below it. psutil's `children` goes by the time of day as well, which may be set meanwhile."""
+    parents = {process: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
+    found, above = [], {main.pid}
+    while above:
+        below = [process for process, parent in parents.items() if parent in above]
+        found += below
+        above = {process.pid for process in below}
+    return found
 
 
 def at_work(folder, main):

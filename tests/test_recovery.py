@@ -32,9 +32,10 @@ from stepdown import recovery
 from stepdown.checkpoint import Checkpoint
 from stepdown.errors import UserError
 from stepdown.lora import MaskedLoraLinear, add_masked_adapter, match_targets
-from stepdown.recovery import RecoverySettings, recover, training_state
+from stepdown.recovery import RecoverySettings, recover
 from stepdown.tier_maps import TierMap, dense_tier_map, write_tier_map
 from stepdown.tiers import keep_mask
+from stepdown.training_state import fingerprint, last_checkpoint, training_state
 
 WINDOWS = torch.randint(0, 256, (11, 12), generator=torch.Generator().manual_seed(0))
 EVALUATION_WINDOWS = WINDOWS[:4]
@@ -296,7 +297,7 @@ def test_a_full_disk_is_told(tmp_path, size):
             run(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert recovery.last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path) is None
 
 
 # ---------------------------------------------------------------- interruptions
@@ -340,7 +341,7 @@ def undisturbed(request, tmp_path_factory) -> tuple[str, recovery.Recovery]:
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, undisturbed, step, resumed_at):
     method, expected = undisturbed
     interrupted(monkeypatch, tmp_path, step, **RUNS[method])
-    checkpoint = recovery.last_checkpoint(tmp_path)
+    checkpoint = last_checkpoint(tmp_path)
     assert (checkpoint and checkpoint.name) == resumed_at
     assert same(run(tmp_path, **RUNS[method])[0], expected)
 
@@ -356,7 +357,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path, monkeypatch):
             damaged.unlink()
             if kept:
                 damaged.write_bytes(content[: int(len(content) * kept)])
-            assert recovery.last_checkpoint(state) == state / "checkpoint-2", damaged
+            assert last_checkpoint(state) == state / "checkpoint-2", damaged
             assert not (state / "checkpoint-4").exists()
 
 
@@ -399,7 +400,7 @@ def test_the_fingerprint_tells_what_changed(tmp_path, changed):
     file.write_text("one")
 
     def of(windows: Tensor = WINDOWS, **settings) -> str:
-        return recovery.fingerprint(RecoverySettings(**(SETTINGS | settings)), [windows], [file])
+        return fingerprint(RecoverySettings(**(SETTINGS | settings)), [windows], [file])
 
     original = of()
     assert of() == original

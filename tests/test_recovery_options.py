@@ -2,10 +2,16 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_recovery import SETTINGS, WINDOWS, command, finetuned, prune, pruned, run, same, tiny_llama  # noqa: F401
 
 import finetune
@@ -182,12 +188,13 @@ def test_going_on_with_the_moments_is_going_on(tmp_path):
 # ---------------------------------------------------------------- several processes
 
 
-def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned):  # noqa: F811
+@pytest.mark.parametrize("how", [[], ["--sharded"]], ids=["whole", "sharded"])
+def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned, how):  # noqa: F811
     curves = []
-    for changed in ({"gradient_accumulation": 2}, {"gradient_accumulation": 1, "processes": 2}):
+    for changed, words in (({"gradient_accumulation": 2}, []), ({"gradient_accumulation": 1, "processes": 2}, how)):
         # 16 windows in batches of 2: no half-filled batch, which one process would weigh otherwise than two.
-        words = command(pruned, batch_size=2, tokens_per_epoch=256, **changed)
-        finetune.main(finetune._parser().parse_args([*words, "--no-bf16"]))
+        words = [*command(pruned, batch_size=2, tokens_per_epoch=256, **changed), "--no-bf16", *words]
+        finetune.main(finetune._parser().parse_args(words))
         log = json.loads((pruned / "training.json").read_text())
         curves.append([(row["step"], row.get("loss", row.get("eval_loss"))) for row in log["log"]])
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
@@ -199,6 +206,57 @@ def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned):  # n
             columns = old.shape[1] // 2
             assert not new[:, columns:][old[:, columns:] == 0].any()
             assert not torch.equal(old, new)
+
+
+def test_all_options_together_over_shards(pruned):  # noqa: F811
+    """Adapters, a teacher and moments of AdamW, each in shards: what is merged is what was trained, zeros stay."""
+    shutil.copytree(pruned / "pruned_model", pruned / "teacher")
+    options = {"method": "lora", "distill_weight": 0.5, "teacher": pruned / "teacher", "processes": 2}
+    options |= {"output_optimizer": pruned / "moments.safetensors", "output_adapter": pruned / "adapter"}
+    finetune.main(finetune._parser().parse_args([*command(pruned, **options), "--sharded"]))
+    before, after = (Checkpoint(pruned / name) for name in ("pruned_model", "finetuned_model"))
+    trained = [name for name in before.names if "_proj" in name]
+    for name in trained:
+        old, new = before.tensors([name])[name], after.tensors([name])[name]
+        columns = old.shape[1] // 2
+        assert not new[:, columns:][old[:, columns:] == 0].any()
+        assert not torch.equal(old, new)
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in load_file(pruned / "adapter/adapter_model.safetensors").items()
+    }
+    assert len(shapes) == 2 * len(trained) and all(SETTINGS["lora_rank"] in shape for shape in shapes.values())
+    assert {tuple(tensor.shape) for tensor in load_file(pruned / "moments.safetensors").values()} == {
+        (),
+        *shapes.values(),
+    }
+
+
+@pytest.mark.slow
+def test_a_sharded_training_that_is_killed_goes_on(pruned):  # noqa: F811
+    words = [*command(pruned, processes=2, epochs=12, evaluation_steps=4), "--sharded"]
+    script = [sys.executable, finetune.__file__, *words]
+    finished = {}
+    for name, kill in (("undisturbed", False), ("killed", True)):
+        while kill:
+            process = psutil.Popen(script, stderr=subprocess.DEVNULL)
+            while process.poll() is None and not any(pruned.glob("state/checkpoints/checkpoint-*/rng_state_1.pth")):
+                time.sleep(0.01)
+            assert process.poll() is None
+            for each in (*process.children(recursive=True), process):
+                each.kill()
+            process.wait()
+            kill = False
+        subprocess.run(script, check=True)
+        after = Checkpoint(pruned / "finetuned_model")
+        finished[name] = after.tensors(after.names)
+        shutil.rmtree(pruned / "finetuned_model")
+    for name, tensor in finished["undisturbed"].items():
+        assert torch.equal(tensor, finished["killed"][name]), name
+
+
+def test_one_process_has_nothing_to_share(pruned):  # noqa: F811
+    with pytest.raises(UserError, match="sharded is True: give several processes, or no"):
+        finetune.main(finetune._parser().parse_args([*command(pruned), "--sharded"]))
 
 
 def test_an_error_of_a_process_is_told_in_one_line(pruned):  # noqa: F811

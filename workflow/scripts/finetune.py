@@ -22,13 +22,11 @@ from stepdown.recovery import (
     METHODS,
     Recovery,
     RecoverySettings,
-    fingerprint,
-    last_checkpoint,
     recover,
-    training_state,
 )
 from stepdown.step_masks import StepMasks, read_step_masks
 from stepdown.text import parse_text, training_windows
+from stepdown.training_state import fingerprint, last_checkpoint, training_state
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32

@@ -69,7 +69,7 @@ def open_decoder(
     checkpoint = open_checkpoint(folder)
     model = build_empty(folder, trust_remote_code).eval()
     transposed = as_linears_(model)
-    layers_name = _find_layers(model, folder)
+    layers_name = find_layers(model)
     if width := read_width(folder):
         as_sliced_(model, model.get_submodule(layers_name), width)
     target = choose_device(device)
@@ -138,6 +138,18 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         if name not in stored and source in stored:
             stored[name] = stored[source]
     return stored
+
+
+def find_layers(model: nn.Module) -> str:
+    """The name of the decoder layers: the module list that holds the most parameters."""
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes:
+        raise UserError(f"{model.config.name_or_path}: {type(model).__name__} has no list of decoder layers")
+    return max(sizes, key=sizes.__getitem__)
 
 
 def choose_device(device: str, count: int = 1) -> torch.device:
@@ -326,15 +338,3 @@ def _share(calls: list[tuple[tuple, dict]], reference: list[tuple[tuple, dict]])
         return memo[id(tensor)]
 
     return tree_map_only(Tensor, shared, calls)
-
-
-def _find_layers(model: nn.Module, folder: Path | str) -> str:
-    """The decoder layers are the module list that holds the most parameters."""
-    sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    if not sizes:
-        raise UserError(f"{folder}: no list of decoder layers found in {type(model).__name__}")
-    return max(sizes, key=sizes.__getitem__)

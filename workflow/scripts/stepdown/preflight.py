@@ -126,6 +126,8 @@ def check_inputs(config: dict) -> None:
         check_model(folder)
         if config["recovery"]["method"] == "lora" and any(folder.glob("*.safetensors")):
             check_adapter_targets(config["recovery"]["lora"]["targets"], folder)
+    if config["recovery"]["sharded"] and config["recovery"]["processes"] == 1:
+        raise UserError("config key recovery.sharded: found true with one process; raise recovery.processes")
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")

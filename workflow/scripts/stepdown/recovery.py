@@ -5,16 +5,10 @@ change, False where it is zero and stays zero.
 """
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import math
-import os
 import shutil
-import socket
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +24,8 @@ from .distillation import Distillation
 from .errors import UserError
 from .lora import ALL_LINEAR, add_masked_adapter, save_adapter
 from .processes import is_first
+from .sharding import load_optimizer, load_weights, save_optimizer, save_weights, shard_, sharded_like, unshard_, whole
+from .training_state import last_checkpoint
 
 METHODS = ("full", "lora")
 # What AdamW keeps of a parameter.
@@ -44,8 +40,9 @@ class RecoverySettings:
 
     A step is one update of the weights: `batch_size * gradient_accumulation` windows in each of the `processes`.
     `evaluation_steps` counts steps between evaluations, each of which is also a checkpoint to resume from;
-    `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. For
-    distillation see `distillation.Distillation`.
+    `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. `sharded`
+    spreads the model over the processes, which otherwise each hold all of it. For distillation see
+    `distillation.Distillation`.
     """
 
     epochs: int
@@ -70,6 +67,7 @@ class RecoverySettings:
     gradient_checkpointing: bool = False
     early_stopping: int = 0
     processes: int = 1
+    sharded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +88,7 @@ class RecoverySettings:
         for name, known in (("method", METHODS), ("learning_rate_schedule", LEARNING_RATE_SCHEDULES)):
             self._require(name, getattr(self, name) in known, " or ".join(known))
         self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
+        self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
 
     @property
@@ -165,26 +164,34 @@ def recover(
     if settings.method == "lora":
         shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
         model = add_masked_adapter(model, keep_masks, *shape)
-    trainer = _MaskedTrainer(
+    training = _training_arguments(settings, state, device)
+    if settings.sharded:
+        for each in filter(None, (model, teacher)):
+            shard_(each, training.device.type)
+    trainer = (_ShardedTrainer if settings.sharded else _MaskedTrainer)(
         # An adapter's own mask does all there is to do.
         {} if settings.method == "lora" else keep_masks,
         settings.distillation(teacher),
         moments,
         model=model,
-        args=_training_arguments(settings, state, device),
+        args=training,
         train_dataset=_Windows(windows),
         eval_dataset=_Windows(evaluation_windows),
     )
     _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
-    if settings.method == "lora":
-        if adapter and is_first():
-            save_adapter(model, adapter)
-        model = model.merge_and_unload()
-    check_pruned_are_zero(model, keep_masks)
+    moments = moments_of(trainer)
+    if settings.sharded:
+        unshard_(model)
+    if is_first():
+        if settings.method == "lora":
+            if adapter:
+                save_adapter(model, adapter)
+            model = model.merge_and_unload()
+        check_pruned_are_zero(model, keep_masks)
     log = _curve(trainer.state.log_history)
     tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
     tokens = min(tokens, settings.epochs * windows.numel())
-    return Recovery(model, log, trainer.state.global_step, tokens, moments_of(trainer))
+    return Recovery(model, log, trainer.state.global_step, tokens, moments)
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:
@@ -234,9 +241,10 @@ class _MaskedTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
         # Multiplying by bytes is four times as fast on a CPU as multiplying by the same bytes called bool.
         self._masked = [
-            (self.model.get_submodule(name).weight, keep.to(self.args.device).view(torch.uint8))
+            (weight, sharded_like(keep.view(torch.uint8), weight))
             for name, keep in keep_masks.items()
             if not keep.all()
+            for weight in [self.model.get_submodule(name).weight]
         ]
         self.remove_callback(PrinterCallback)
         self.add_callback(_FiniteLoss())
@@ -264,13 +272,14 @@ class _MaskedTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
             if state:
-                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+                optimizer.state[parameter] = {key: sharded_like(value, parameter) for key, value in state.items()}
         return optimizer
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save by the model's own names, as the Trainer loads; by those of its family it would miss some, silently."""
         own_names = {} if isinstance(self.model, peft.PeftModel) else {"save_original_format": False}
-        self.model.save_pretrained(output_dir, state_dict=state_dict, **own_names)
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, **own_names)
 
     def _save_checkpoint(self, *arguments, **keywords) -> None:
         try:
@@ -279,6 +288,10 @@ class _MaskedTrainer(Trainer):
             # What safetensors and torch make of a failed write; neither is an OSError.
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.args.output_dir}: not written ({reason}); is the disk full?") from error
+
+    def load_optimizer(self, checkpoint: Path) -> None:
+        """The optimizer as a checkpoint has it."""
+        self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
 
     def _mask_gradients(self) -> None:
         for weight, keep in self._masked:
@@ -289,6 +302,41 @@ class _MaskedTrainer(Trainer):
     def _mask_weights(self, *_) -> None:
         for weight, keep in self._masked:
             weight.mul_(keep)
+
+
+class _ShardedTrainer(_MaskedTrainer):
+    """The same for a model that `shard_` has sharded; the Trainer itself would not on CPUs, nor save such a one."""
+
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        # What it calls a model that is in its place and adds up its own gradients.
+        self.is_distributed_loading_by_transformers = True
+
+    def load_optimizer(self, checkpoint: Path) -> None:
+        load_optimizer(self.model, getattr(self.optimizer, "optimizer", self.optimizer), checkpoint)
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager:
+        """Gradients are added up after every batch of an accumulation: whole ones would not fit beside each other."""
+        return contextlib.nullcontext()
+
+    def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        save_weights(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_optimizer(Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 
 class _FiniteLoss(TrainerCallback):
@@ -393,7 +441,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard
     if early_stop.is_due(done.log_history):
         trainer.state = done
         trainer.create_optimizer()
-        trainer.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        trainer.load_optimizer(checkpoint)
         trainer._load_best_model()
         return
     trainer.add_callback(early_stop)
@@ -412,7 +460,7 @@ def moments_of(trainer: Trainer) -> dict[str, Tensor]:
     """What AdamW remembers of each parameter, by "name key": its two moments and the number of steps, on the CPU."""
     state = trainer.optimizer.state
     parameters = trainer.model.named_parameters()
-    return {f"{name} {key}": state[p][key].cpu() for name, p in parameters if p in state for key in MOMENTS}
+    return {f"{name} {key}": whole(state[p][key]).cpu() for name, p in parameters if p in state for key in MOMENTS}
 
 
 def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -420,91 +468,3 @@ def _curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
     columns = ("step", "epoch", "loss", "eval_loss", "learning_rate")
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     return [{column: row[column] for column in columns if column in row} for row in rows]
-
-
-# ---------------------------------------------------------------- training state
-
-
-def fingerprint(settings: RecoverySettings, windows: Iterable[Tensor], files: Iterable[Path]) -> str:
-    """A hash of all that a training depends on: settings, tokens, the contents of files (model, tier map), and code."""
-    digest = hashlib.sha256()
-    for package in (torch, transformers, peft):
-        digest.update(f"{package.__name__} {package.__version__}\n".encode())
-    digest.update(repr(settings).encode())
-    for tokens in windows:
-        digest.update(f"{tuple(tokens.shape)}".encode() + tokens.contiguous().numpy().tobytes())
-    for path in (Path(__file__), *files):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def training_state(folder: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder a training keeps its checkpoints in, locked; gone once the block ends well, kept if it does not.
-
-    What was started from anything else than `fingerprint` says is wiped. Raises UserError if another process holds it.
-    """
-    with _locked(folder):
-        checkpoints, record = folder.resolve() / "checkpoints", folder / "fingerprint"
-        # The Trainer notes its best checkpoint by path: a folder that was moved is another one.
-        identity = f"{fingerprint} {checkpoints}\n"
-        if not record.exists() or record.read_text(encoding="utf-8") != identity:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            record.write_text(identity, encoding="utf-8")
-        checkpoints.mkdir(exist_ok=True)
-        yield checkpoints
-        shutil.rmtree(checkpoints)
-        record.unlink()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against every other process; the kernel frees it with the process, however that ends."""
-    path = folder / "lock"
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read() or "another process"
-                raise UserError(f"{folder}: {holder} is training here: wait for it, or end it first") from None
-            # Whoever held it may have removed the file since it was opened here.
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                continue
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            yield
-            path.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-            return
-
-
-def last_checkpoint(state: Path) -> Path | None:
-    """The last complete checkpoint in a state folder; later ones that a kill has left unfinished are removed."""
-    for checkpoint in sorted(state.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if _is_complete(checkpoint):
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file the Trainer resumes from is there and has not lost its end."""
-    shards = list(checkpoint.glob("*.safetensors"))
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for shard in shards:
-            # Opening compares the header with the length of the file.
-            with safetensors.safe_open(shard, "pt"):
-                pass
-    except (OSError, ValueError, safetensors.SafetensorError):
-        return False
-    # torch saves zip archives, whose directory is at the end.
-    # One state of the random numbers for each process.
-    pickles = ["optimizer.pt", "scheduler.pt", *(path.name for path in checkpoint.glob("rng_state*.pth"))]
-    return bool(shards) and len(pickles) > 2 and all(zipfile.is_zipfile(checkpoint / name) for name in pickles)
