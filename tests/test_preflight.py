@@ -135,6 +135,12 @@ def test_adapter_targets_that_match_nothing(tmp_path):
     assert "found 'proj'" in error_of(preflight.check_adapter_targets, "proj", tmp_path)
 
 
+def test_shards_want_several_processes():
+    assert "recovery.sharded: found true with one" in error_of(
+        preflight.check_inputs, complete({"recovery": {"sharded": True}})
+    )
+
+
 def test_block_size_and_k():
     preflight.check_block(4, 16)
     assert "multiple of 4" in error_of(preflight.check_block, 18, 10)
