@@ -55,6 +55,20 @@ def gpu(number):
     return f"GPU {number}: NVIDIA H200 (UUID: GPU-{number}a-b)"
 
 
+def test_without_its_tool_the_driver_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path)
+    assert gpus.visible_gpus() == []
+    for number in (0, 1):
+        file = tmp_path / f"gpus/0000:0{number}:00.0/information"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"Model: \t\t NVIDIA H200\nGPU UUID: \t GPU-{number}a-b\nDevice Minor: \t {number}\n")
+    assert gpus.visible_gpus() == ["GPU-0a-b", "GPU-1a-b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpus.visible_gpus() == ["GPU-1a-b"]
+
+
 def test_each_job_has_its_own_gpu_and_a_third_waits_for_one_of_two(machine, job):
     machine(gpu(0), gpu(1))
     first, second = job(), job()

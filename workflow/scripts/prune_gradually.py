@@ -13,14 +13,13 @@ from stepdown.checkpoint import rewrite_checkpoint
 from stepdown.decoder import Decoder, choose_device, open_decoder
 from stepdown.errors import UserError
 from stepdown.files import check_length, write_json
-from stepdown.gradual_sparsity import GradualSettings, last_mask, prune_while_training
+from stepdown.gradual_sparsity import GradualSettings, prune_while_training, saliency_and_last_mask
 from stepdown.linears import as_linears_
 from stepdown.masks import count_zeros
 from stepdown.methods import method_names
 from stepdown.patterns import TierOptions, pattern_of
 from stepdown.pruning_reports import describe_pruning
 from stepdown.runs import Run, parse_gradual
-from stepdown.saliency import wanda
 from stepdown.text import describe, parse_text, training_windows
 
 # Windows of the training text on which Wanda's norms are measured.
@@ -57,10 +56,8 @@ def prune(arguments: argparse.Namespace, run: Run, decoder: Decoder, windows: Te
     }
 
     def keep_of(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        by_wanda = run.method == "wanda"
-        weight = weight.detach()
-        metric = wanda(weight, norms[linears[name]].to(weight.device)) if by_wanda else weight.abs()
-        return metric, last_mask(metric, patterns[name], run.sparsity, by_group=by_wanda or run.pattern == "n-of-m")
+        squared_norms, in_groups = norms.get(linears[name]), run.pattern == "n-of-m"
+        return saliency_and_last_mask(weight.detach(), squared_norms, patterns[name], run.sparsity, in_groups)
 
     settings = GradualSettings(
         arguments.batch_size, arguments.learning_rate, arguments.updates, arguments.rise, arguments.bf16, arguments.seed

@@ -13,6 +13,7 @@ from typing import IO
 
 from .errors import UserError
 
+DRIVER = Path("/proc/driver/nvidia")
 # A file that is closed is no longer locked.
 _held: list[IO] = []
 
@@ -20,7 +21,7 @@ _held: list[IO] = []
 def claim_gpus(count: int = 1) -> None:
     """Wait until `count` GPUs are free, and make them the only ones this process sees, until it ends.
 
-    To be called before CUDA looks for devices. Without NVIDIA's tools nothing is known of GPUs, and nothing changes.
+    To be called before CUDA looks for devices. Without NVIDIA's driver nothing is known of GPUs, and nothing changes.
     Raises UserError if there are fewer than `count`.
     """
     devices = visible_gpus()
@@ -37,11 +38,7 @@ def claim_gpus(count: int = 1) -> None:
 
 def visible_gpus() -> list[str]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, by the names the driver knows them by, which hold in every job."""
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    names = re.findall(r"UUID: ([\w-]+)", listing)
+    names = re.findall(r"UUID:\s+([\w-]+)", driver_listing())
     # A GPU that is divided is used by its parts.
     names = [name for name in names if name.startswith("MIG")] or names
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -49,6 +46,14 @@ def visible_gpus() -> list[str]:
     chosen = [word.strip() for word in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
     by_number = dict(zip(map(str, range(len(names))), names, strict=True))
     return [by_number.get(word, word) for word in chosen if word in by_number or word in names]
+
+
+def driver_listing() -> str:
+    """What NVIDIA's driver says of its GPUs: by its tool or, where a container has none, by its files."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "".join(file.read_text() for file in sorted(DRIVER.glob("gpus/*/information")))
 
 
 def lock_free(devices: list[str], count: int, folder: Path) -> list[str]:

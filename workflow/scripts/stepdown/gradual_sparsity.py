@@ -17,6 +17,7 @@ from .cli import progress
 from .errors import UserError
 from .masks import count_zeros, keep_above_rank, keep_all_but_smallest
 from .patterns import Pattern
+from .saliency import wanda
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,21 @@ def keep_rising(saliency: Tensor, keep: Tensor, share: float) -> Tensor:
     if share >= 1 or count == 0:
         return keep if share >= 1 else torch.ones_like(keep)
     return keep | keep_above_rank(torch.where(keep, torch.inf, saliency.float()), count - 1)
+
+
+def saliency_and_last_mask(
+    weight: Tensor, squared_norms: Tensor | None, pattern: Pattern, sparsity: Fraction, in_groups: bool
+) -> tuple[Tensor, Tensor]:
+    """The saliency of a weight [out, in], and what a pattern keeps by it in the end.
+
+    squared_norms: [in], of its inputs, for Wanda, which compares the weights of a row; None for magnitude, which
+    compares those of the whole matrix, unless the pattern is one of groups.
+    """
+    if squared_norms is None:
+        saliency = weight.abs()
+        return saliency, last_mask(saliency, pattern, sparsity, by_group=in_groups)
+    saliency = wanda(weight, squared_norms.to(weight.device))
+    return saliency, last_mask(saliency, pattern, sparsity, by_group=True)
 
 
 def last_mask(saliency: Tensor, pattern: Pattern, sparsity: Fraction, by_group: bool) -> Tensor:
