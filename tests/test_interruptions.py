@@ -54,7 +54,8 @@ def strike(folder, choose, end, delay, *targets):
 
     None says that the run came to its own end.
     """
-    main = psutil.Popen(command(*targets), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    main = psutil.Popen(command(*targets), cwd=folder, preexec_fn=heed_ctrl_c, **quiet)
     while main.poll() is None:
         if chosen := choose(at_work(folder, main)):
             time.sleep(delay)
@@ -70,15 +71,15 @@ def strike(folder, choose, end, delay, *targets):
     return None
 
 
+def heed_ctrl_c():
+    """What a shell starts in the background ignores it, and so does all that is started by that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def jobs_of(main):
-    """All processes below it. psutil's `children` goes by the time of day as well, which may be set meanwhile."""
-    parents = {process: process.info["ppid"] for process in psutil.process_iter(["ppid"])}
-    found, above = [], {main.pid}
-    while above:
-        below = [process for process, parent in parents.items() if parent in above]
-        found += below
-        above = {process.pid for process in below}
-    return found
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return main.children(recursive=True)
+    return []
 
 
 def at_work(folder, main):
