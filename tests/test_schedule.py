@@ -24,6 +24,11 @@ def write(tmp_path):
     return write
 
 
+def test_the_other_schedule_ends_where_the_default_does():
+    default, other = (read_schedule(path)[-1] for path in (DEFAULT, DEFAULT.with_name("front_loaded_schedule.csv")))
+    assert (default.dense, default.mid_2_4, default.topk) == (other.dense, other.mid_2_4, other.topk)
+
+
 def test_the_default_schedule():
     rows = read_schedule(DEFAULT)
     assert [(row.dense, row.mid_2_4, row.topk) for row in rows] == [
