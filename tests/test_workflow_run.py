@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,8 +149,10 @@ def test_a_script_tells_a_mistake_in_one_line(project, change, message):
 
 
 def test_every_script_explains_itself():
-    for path in SCRIPTS.glob("*.py"):
-        assert script(path.name, "--help").stdout.startswith("usage:"), path.name
+    names = sorted(path.name for path in SCRIPTS.glob("*.py"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, finished in zip(names, pool.map(lambda name: script(name, "--help"), names), strict=True):
+            assert finished.stdout.startswith("usage:"), name
 
 
 def test_an_iteration_is_packed_when_asked_for(project):
