@@ -162,7 +162,8 @@ rule measure:
         "results/benchmarks/measure.jsonl"
     conda:
         "../envs/evaluate.yaml"
-    threads: CORES
+    # All there are, so that nothing runs beside it; a job on a cluster has its CPUs to itself.
+    threads: workflow.resource_settings.cores or THREADS
     resources:
         mem_mb=memory(64000),
         runtime=minutes(120),
