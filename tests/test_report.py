@@ -346,7 +346,8 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "oneshot": ["three-tier"],
         "pruning": {"block_size": 16, "k": 10, "selection": "wanda"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
-        "recovery": {"text": "pydoc", "method": "full"},
+        "refit": True,
+        "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}},
         "evaluation": {"texts": ["pydoc", text], "sequence_length": 256},
     }
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
