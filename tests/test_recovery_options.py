@@ -237,7 +237,7 @@ def test_a_sharded_training_that_is_killed_goes_on(pruned):  # noqa: F811
     script = [sys.executable, finetune.__file__, *words]
     finished = {}
     for name, kill in (("undisturbed", False), ("killed", True)):
-        while kill:
+        if kill:
             process = psutil.Popen(script, stderr=subprocess.DEVNULL)
             while process.poll() is None and not any(pruned.glob("state/checkpoints/checkpoint-*/rng_state_1.pth")):
                 time.sleep(0.01)
@@ -245,7 +245,6 @@ def test_a_sharded_training_that_is_killed_goes_on(pruned):  # noqa: F811
             for each in (*process.children(recursive=True), process):
                 each.kill()
             process.wait()
-            kill = False
         subprocess.run(script, check=True)
         after = Checkpoint(pruned / "finetuned_model")
         finished[name] = after.tensors(after.names)

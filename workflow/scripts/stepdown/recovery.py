@@ -313,6 +313,7 @@ class _ShardedTrainer(_MaskedTrainer):
         self.is_distributed_loading_by_transformers = True
 
     def load_optimizer(self, checkpoint: Path) -> None:
+        # Accelerate wraps it once training has begun.
         load_optimizer(self.model, getattr(self.optimizer, "optimizer", self.optimizer), checkpoint)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager:
