@@ -380,36 +380,38 @@ def training(steps: Sequence[dict]) -> Figure:
     """Loss over all finetuning tokens since the base model: the iterations in a row, the one-shot runs across them."""
     if not any(step["train_loss"] or step["eval_loss"] for step in steps):
         return _empty("No finetuning, so no training curves")
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+    # What is trained on, a distance to another model perhaps, is no size to compare the validation loss with.
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     divisor, unit = _token_unit(max(step["total_tokens"] for step in steps))
     chain = [step for step in iterations(steps) if step["tokens"]]
     lines = [("iterations", chain, CHAIN_COLOUR)] if chain else []
     lines += [(step["step"], [step], _one_shot_colour(index)) for index, step in enumerate(one_shots(steps))]
     for _, members, colour in reversed(lines):  # the chain last, on top
-        _loss_curves(axes, members, divisor, colour)
+        _loss_curves(axes, below, members, divisor, colour)
     _mark_starts(axes, chain, divisor)
-    axes.set_xlabel(f"finetuning tokens since the base model{unit}")
-    axes.set_ylabel("loss (nats per token)")
+    below.set_xlabel(f"finetuning tokens since the base model{unit}")
+    axes.set_ylabel("validation loss\n(nats per token)")
+    below.set_ylabel("training loss")
     axes.set_title("Loss while finetuning: each iteration starts from the model just pruned")
-    axes.grid(axis="x", visible=False)
-    axes.legend(handles=_loss_key(), loc="best", fontsize=9)
+    for each in (axes, below):
+        each.grid(axis="x", visible=False)
     _end_labels(axes, [_loss_end(members[-1], name, colour, divisor) for name, members, colour in lines], gap=8)
     return figure
 
 
-def _loss_curves(axes: Axes, members: Sequence[dict], divisor: float, colour: str) -> None:
-    """A line per step, not joined to the next: in between, the model was pruned."""
+def _loss_curves(axes: Axes, below: Axes, members: Sequence[dict], divisor: float, colour: str) -> None:
+    """Validation loss, training loss below. A line per step, not joined to the next: in between the model was pruned."""
     dots = "o" if sum(len(step["eval_loss"]) for step in members) <= 60 else ""
     for step in members:
         start = step["total_tokens"] - step["tokens"]
-        for curve, look in (
-            ("train_loss", {"linewidth": 1, "alpha": 0.45}),
-            ("eval_loss", {"linewidth": 1.8, "marker": dots, "markersize": 4}),
+        for panel, curve, look in (
+            (below, "train_loss", {"linewidth": 1, "alpha": 0.6}),
+            (axes, "eval_loss", {"linewidth": 1.8, "marker": dots, "markersize": 4}),
         ):
             points = [((start + tokens) / divisor, loss) for tokens, loss in step[curve]]
             if points:
-                axes.plot(*zip(*points, strict=True), color=colour, **look)
+                panel.plot(*zip(*points, strict=True), color=colour, **look)
 
 
 def _mark_starts(axes: Axes, chain: Sequence[dict], divisor: float) -> None:
@@ -421,7 +423,7 @@ def _mark_starts(axes: Axes, chain: Sequence[dict], divisor: float) -> None:
 
 
 def _loss_end(step: dict, name: str, colour: str, divisor: float) -> tuple[float, float, str, str]:
-    curve = step["eval_loss"] or step["train_loss"] or [(0, math.nan)]
+    curve = step["eval_loss"] or [(0, math.nan)]
     return step["total_tokens"] / divisor, curve[-1][1], name, colour
 
 
@@ -430,13 +432,6 @@ def _token_unit(largest: float) -> tuple[float, str]:
         if largest >= divisor:
             return divisor, name
     return 1, ""
-
-
-def _loss_key() -> list[Line2D]:
-    return [
-        Line2D([], [], color=GREY, linewidth=1, alpha=0.45, label="training text"),
-        Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=4, label="validation text"),
-    ]
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
