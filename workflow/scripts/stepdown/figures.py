@@ -401,7 +401,7 @@ def training(steps: Sequence[dict]) -> Figure:
 
 
 def _loss_curves(axes: Axes, below: Axes, members: Sequence[dict], divisor: float, colour: str) -> None:
-    """Validation loss, training loss below. A line per step, not joined to the next: in between the model was pruned."""
+    """Validation loss, training loss below. A line per step, none joined: the model was pruned in between."""
     dots = "o" if sum(len(step["eval_loss"]) for step in members) <= 60 else ""
     for step in members:
         start = step["total_tokens"] - step["tokens"]
