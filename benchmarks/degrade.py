@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
-from stepdown.blocks import grid_shape
-from stepdown.saliency import block_scores
-from stepdown.tiers import degrade_dense_to_two_four, degrade_two_four_to_top_k_
+from stepdown.tensors.blocks import grid_shape
+from stepdown.tensors.saliency import block_scores
+from stepdown.tensors.tiers import degrade_dense_to_two_four, degrade_two_four_to_top_k_
 
 ROWS = [("0.90", "0.10", "0.00"), ("0.80", "0.10", "0.10")]
 BLOCK_SIZE, K = 16, 10

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from three_tiers import random_three_tier, tiers_by_shares
 
-from stepdown.linears import linear_of, replace_module
+from stepdown.models.linears import linear_of, replace_module
 from stepdown.packed.format import PackedMatrix, pack
 from stepdown.packed.linear import ThreeTierLinear, choose_kernel, dense_linear
 

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
-from stepdown import recovery
+from stepdown.recover import recovery
 
 TOKENS, BATCH, STEPS, WARM_UP = 128, 4, 16, 4
 SPARSITY = 0.5

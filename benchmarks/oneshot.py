@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from random_llama import write_random_llama
 
-from stepdown.decoder import LayerWalk, open_decoder
-from stepdown.oneshot import prune_layers
-from stepdown.patterns import Pattern, n_of_m, unstructured
-from stepdown.saliency import wanda
-from stepdown.sparsegpt import optimal_brain_surgeon
+from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.prune.oneshot import prune_layers
+from stepdown.tensors.patterns import Pattern, n_of_m, unstructured
+from stepdown.tensors.saliency import wanda
+from stepdown.tensors.sparsegpt import optimal_brain_surgeon
 
 COLUMNS = 128
 

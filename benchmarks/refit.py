@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
-from stepdown.masks import keep_n_of_m
-from stepdown.refit import refit
+from stepdown.prune.refit import refit
+from stepdown.tensors.masks import keep_n_of_m
 
 SIDE, BATCH, DAMPING = 512, 128, 0.01
 

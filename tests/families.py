@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 128
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -44,3 +46,15 @@ def make_model(family: str, folder: Path, seed: int = 0, dtype: str = "float32",
                 parameter.normal_(0, 0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def as_it_computes(model):
+    """Every matrix [out, in] of the decoder layers of a Hugging Face model, whatever form it has there."""
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            yield module.weight.T
+        elif isinstance(module, nn.Linear) and "." in name and any(part.isdigit() for part in name.split(".")):
+            yield module.weight
+        elif name.endswith(".experts"):
+            for fused in (module.gate_up_proj, module.down_proj):
+                yield from fused

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from stepdown.blocks import grid_shape
-from stepdown.tiers import Tier, prune_top_k_, prune_two_four_, tier_counts
+from stepdown.tensors.blocks import grid_shape
+from stepdown.tensors.tiers import Tier, prune_top_k_, prune_two_four_, tier_counts
 
 
 def tiers_by_shares(shape: tuple[int, int], shares: tuple[str, str, str], seed: int = 0) -> Tensor:

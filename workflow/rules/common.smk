@@ -15,12 +15,12 @@ ROOT = Path(workflow.basedir)
 SCRIPTS = Path(os.path.relpath(ROOT / "workflow/scripts"))
 sys.path.append(str(SCRIPTS))
 
-from stepdown.compressions import check_step, parse_step
+from stepdown.plan.compressions import check_step, parse_step
 from stepdown.errors import UserError
-from stepdown.methods import method_names
-from stepdown.preflight import SPLITS_READ, check_inputs, check_writable, complete_config, local_model, text_files
-from stepdown.runs import parse_gradual, parse_run
-from stepdown.schedule import one_shot, read_schedule
+from stepdown.prune.methods import method_names
+from stepdown.plan.preflight import SPLITS_READ, check_inputs, check_writable, complete_config, local_model, text_files
+from stepdown.plan.runs import parse_gradual, parse_run
+from stepdown.plan.schedule import one_shot, read_schedule
 
 
 @contextmanager

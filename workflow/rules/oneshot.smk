@@ -25,7 +25,7 @@ rule prune_oneshot:
         script=SCRIPTS / "prune_oneshot.py",
         code=code_hash("prune_oneshot.py"),
         # The script finds the method by its name, so its code is not among what the script imports.
-        method=lambda wildcards: code_hash(f"stepdown/methods/{run_of(wildcards.run).method}.py"),
+        method=lambda wildcards: code_hash(f"stepdown/prune/methods/{run_of(wildcards.run).method}.py"),
         folder=model_folder("iter0"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),

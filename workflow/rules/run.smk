@@ -4,7 +4,7 @@ from uuid import uuid4
 
 from snakemake_interface_executor_plugins.settings import ExecMode
 
-from stepdown.locks import join_run, start_run
+from stepdown.plan.locks import join_run, start_run
 
 if workflow.exec_mode == ExecMode.DEFAULT:
     os.environ["STEPDOWN_RUN"] = uuid4().hex

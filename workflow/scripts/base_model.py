@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint, side_files, write_base_index
-from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
 from stepdown.files import weight_files
-from stepdown.linears import FUSED
-from stepdown.tier_maps import dense_tier_map, write_tier_map
+from stepdown.models.checkpoint import Checkpoint, side_files, write_base_index
+from stepdown.models.decoder import open_decoder
+from stepdown.models.linears import FUSED
+from stepdown.models.tier_maps import dense_tier_map, write_tier_map
 
 
 def main(arguments: argparse.Namespace) -> None:

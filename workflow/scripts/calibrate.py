@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_windows, squared_input_norms
-from stepdown.checkpoint import save_tensors
-from stepdown.decoder import open_decoder
+from stepdown.models.checkpoint import save_tensors
+from stepdown.models.decoder import open_decoder
+from stepdown.prune.calibration import read_windows, squared_input_norms
 
 
 def main(arguments: argparse.Namespace) -> None:

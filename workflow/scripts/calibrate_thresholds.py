@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.activation_sparsity import FORMAT, calibrate_thresholds
-from stepdown.calibration import read_windows
-from stepdown.compressions import parse_dynamic
-from stepdown.decoder import open_decoder
 from stepdown.files import write_json
+from stepdown.models.decoder import open_decoder
+from stepdown.plan.compressions import parse_dynamic
+from stepdown.prune.activation_sparsity import FORMAT, calibrate_thresholds
+from stepdown.prune.calibration import read_windows
 
 
 def main(arguments: argparse.Namespace) -> None:

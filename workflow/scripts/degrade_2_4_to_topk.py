@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import Tensor
 
 from stepdown import cli
-from stepdown.calibration import read_norms
-from stepdown.checkpoint import Checkpoint, rewrite_checkpoint
-from stepdown.saliency import SELECTIONS
-from stepdown.tier_maps import check_same_model, read_tier_map, write_tier_map
-from stepdown.tiers import degrade_two_four_to_top_k_
+from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
+from stepdown.models.tier_maps import check_same_model, read_tier_map, write_tier_map
+from stepdown.prune.calibration import read_norms
+from stepdown.tensors.saliency import SELECTIONS
+from stepdown.tensors.tiers import degrade_two_four_to_top_k_
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.checkpoint import load_tensors
 from stepdown.errors import UserError
-from stepdown.tier_maps import read_tier_map, write_tier_map
-from stepdown.tiers import degrade_dense_to_two_four
+from stepdown.models.checkpoint import load_tensors
+from stepdown.models.tier_maps import read_tier_map, write_tier_map
+from stepdown.tensors.tiers import degrade_dense_to_two_four
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from stepdown import cli, evaluation
+from stepdown import cli
 from stepdown.files import write_json
+from stepdown.measure import evaluation
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -2,8 +2,9 @@
 
 import argparse
 
-from stepdown import cli, evaluation
+from stepdown import cli
 from stepdown.files import write_json
+from stepdown.measure import evaluation
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from stepdown import cli, evaluation
-from stepdown.activation_sparsity import switch_on
+from stepdown import cli
 from stepdown.files import write_json
-from stepdown.sizes import remaining, size_of
+from stepdown.measure import evaluation
+from stepdown.measure.sizes import remaining, size_of
+from stepdown.prune.activation_sparsity import switch_on
 
 
 def main(arguments: argparse.Namespace) -> None:

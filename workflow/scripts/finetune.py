@@ -10,23 +10,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
-from stepdown.decoder import choose_device, stored_names
-from stepdown.distillation import load_teacher
 from stepdown.errors import UserError
 from stepdown.files import check_length, weight_files, write_json
-from stepdown.linears import as_linears_
-from stepdown.processes import check_processes, is_first, run_in_processes
-from stepdown.recovery import (
+from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
+from stepdown.models.decoder import choose_device, stored_names
+from stepdown.models.linears import as_linears_
+from stepdown.models.step_masks import StepMasks, read_step_masks
+from stepdown.recover.distillation import load_teacher
+from stepdown.recover.processes import check_processes, is_first, run_in_processes
+from stepdown.recover.recovery import (
     LEARNING_RATE_SCHEDULES,
     METHODS,
     Recovery,
     RecoverySettings,
     recover,
 )
-from stepdown.step_masks import StepMasks, read_step_masks
+from stepdown.recover.training_state import fingerprint, last_checkpoint, training_state
 from stepdown.text import parse_text, training_windows
-from stepdown.training_state import fingerprint, last_checkpoint, training_state
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32

@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.activation_sparsity import switch_on
 from stepdown.errors import UserError
 from stepdown.files import write_json
-from stepdown.sizes import size_of
-from stepdown.speed import load_model, measure_speed
-from stepdown.tier_maps import read_tier_map
+from stepdown.measure.sizes import size_of
+from stepdown.measure.speed import load_model, measure_speed
+from stepdown.models.tier_maps import read_tier_map
+from stepdown.prune.activation_sparsity import switch_on
 
 
 def main(arguments: argparse.Namespace) -> None:

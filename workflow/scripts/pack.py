@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.checkpoint import Checkpoint
+from stepdown.models.checkpoint import Checkpoint
+from stepdown.models.tier_maps import read_tier_map
 from stepdown.packed.folder import write_packed
-from stepdown.tier_maps import read_tier_map
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from stepdown import cli, figures, summary
+from stepdown import cli
 from stepdown.files import atomic_write
+from stepdown.report import figures, summary
 
 
 def main(arguments: argparse.Namespace) -> None:

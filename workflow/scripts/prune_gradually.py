@@ -8,18 +8,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdown import cli
-from stepdown.calibration import squared_input_norms
-from stepdown.checkpoint import rewrite_checkpoint
-from stepdown.decoder import Decoder, choose_device, open_decoder
 from stepdown.errors import UserError
 from stepdown.files import check_length, write_json
-from stepdown.gradual_sparsity import GradualSettings, prune_while_training, saliency_and_last_mask
-from stepdown.linears import as_linears_
-from stepdown.masks import count_zeros
-from stepdown.methods import method_names
-from stepdown.patterns import TierOptions, pattern_of
-from stepdown.pruning_reports import describe_pruning
-from stepdown.runs import Run, parse_gradual
+from stepdown.models.checkpoint import rewrite_checkpoint
+from stepdown.models.decoder import Decoder, choose_device, open_decoder
+from stepdown.models.linears import as_linears_
+from stepdown.models.pruning_reports import describe_pruning
+from stepdown.plan.runs import Run, parse_gradual
+from stepdown.prune.calibration import squared_input_norms
+from stepdown.prune.methods import method_names
+from stepdown.recover.gradual_sparsity import GradualSettings, prune_while_training, saliency_and_last_mask
+from stepdown.tensors.masks import count_zeros
+from stepdown.tensors.patterns import TierOptions, pattern_of
 from stepdown.text import describe, parse_text, training_windows
 
 # Windows of the training text on which Wanda's norms are measured.

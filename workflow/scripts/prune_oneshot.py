@@ -6,16 +6,16 @@ from fractions import Fraction
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_windows
-from stepdown.decoder import open_decoder
 from stepdown.errors import UserError
 from stepdown.files import write_json
-from stepdown.layer_sparsity import LayerOptions
-from stepdown.methods import load_method, method_names
-from stepdown.oneshot import prune_checkpoint
-from stepdown.patterns import TierOptions
-from stepdown.runs import FORM, PATTERNS, parse_run
-from stepdown.saliency import SELECTIONS
+from stepdown.models.decoder import open_decoder
+from stepdown.plan.runs import FORM, PATTERNS, parse_run
+from stepdown.prune.calibration import read_windows
+from stepdown.prune.layer_sparsity import LayerOptions
+from stepdown.prune.methods import load_method, method_names
+from stepdown.prune.oneshot import prune_checkpoint
+from stepdown.tensors.patterns import TierOptions
+from stepdown.tensors.saliency import SELECTIONS
 
 
 def main(arguments: argparse.Namespace) -> None:

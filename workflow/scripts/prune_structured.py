@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_windows
-from stepdown.compressions import REMOVALS, Structured, check_structured, parse_structured
-from stepdown.decoder import Decoder, open_decoder
 from stepdown.files import write_json
-from stepdown.layer_removal import choose_layers, write_without_layers
-from stepdown.slicing import slice_checkpoint, sliced_width
+from stepdown.models.decoder import Decoder, open_decoder
+from stepdown.plan.compressions import REMOVALS, Structured, check_structured, parse_structured
+from stepdown.prune.calibration import read_windows
+from stepdown.prune.layer_removal import choose_layers, write_without_layers
+from stepdown.prune.slicing import slice_checkpoint, sliced_width
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_windows
-from stepdown.compressions import parse_quantised
-from stepdown.decoder import open_decoder
 from stepdown.files import write_json
-from stepdown.model_quantisation import quantise_checkpoint
+from stepdown.models.decoder import open_decoder
+from stepdown.plan.compressions import parse_quantised
+from stepdown.prune.calibration import read_windows
+from stepdown.prune.model_quantisation import quantise_checkpoint
 
 
 def main(arguments: argparse.Namespace) -> None:

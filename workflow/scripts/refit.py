@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_windows
-from stepdown.checkpoint import rewriting_layers
-from stepdown.decoder import open_decoder
-from stepdown.refit import refit_layers
-from stepdown.step_masks import read_step_masks
+from stepdown.models.checkpoint import rewriting_layers
+from stepdown.models.decoder import open_decoder
+from stepdown.models.step_masks import read_step_masks
+from stepdown.prune.calibration import read_windows
+from stepdown.prune.refit import refit_layers
 
 
 def main(arguments: argparse.Namespace) -> None:

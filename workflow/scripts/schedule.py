@@ -5,8 +5,8 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.files import atomic_write
-from stepdown.schedule import read_schedule
-from stepdown.schedule_writing import SHAPES, as_csv, published_rows, rows_towards
+from stepdown.plan.schedule import read_schedule
+from stepdown.plan.schedule_writing import SHAPES, as_csv, published_rows, rows_towards
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.calibration import read_norms
-from stepdown.checkpoint import Checkpoint, save_tensors
-from stepdown.saliency import block_scores
-from stepdown.tier_maps import check_same_model, check_zeros, read_tier_map
+from stepdown.models.checkpoint import Checkpoint, save_tensors
+from stepdown.models.tier_maps import check_same_model, check_zeros, read_tier_map
+from stepdown.prune.calibration import read_norms
+from stepdown.tensors.saliency import block_scores
 
 
 def main(arguments: argparse.Namespace) -> None:

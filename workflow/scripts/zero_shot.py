@@ -11,9 +11,9 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdown import cli
-from stepdown.decoder import choose_device
 from stepdown.errors import UserError
 from stepdown.files import write_json
+from stepdown.models.decoder import choose_device
 
 
 def main(arguments: argparse.Namespace) -> None:

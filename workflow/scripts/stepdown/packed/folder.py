@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
 from ..cli import progress
 from ..errors import UserError
 from ..files import safetensors_header, write_json
-from ..tier_maps import TierMap, check_same_model, check_zeros
+from ..models.checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
+from ..models.tier_maps import TierMap, check_same_model, check_zeros
 from .format import BLOCK_SIZE, PARTS, PackedMatrix, check, pack
 
 FORMAT = "stepdown packed 1"

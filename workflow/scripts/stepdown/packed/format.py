@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..blocks import gather_blocks, grid_shape, pad_to_blocks, scatter_blocks_
 from ..errors import UserError
-from ..masks import keep_top_k
-from ..tiers import BLOCKS_AT_ONCE, Tier, count_tiers
+from ..tensors.blocks import gather_blocks, grid_shape, pad_to_blocks, scatter_blocks_
+from ..tensors.masks import keep_top_k
+from ..tensors.tiers import BLOCKS_AT_ONCE, Tier, count_tiers
 
 BLOCK_SIZE = 16
 # Which two of four columns are stored, by which of them are not zero (bit c: column c): those, and the first of the

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..blocks import grid_shape
 from ..cli import log
 from ..errors import UserError
+from ..tensors.blocks import grid_shape
 from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
 from .format import BLOCK_SIZE, PackedMatrix, check, pack, unpack
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import progress
-from ..decoder import build_empty, choose_device, stored_names
 from ..errors import UserError
-from ..linears import as_linears_, replace_module
+from ..models.decoder import build_empty, choose_device, stored_names
+from ..models.linears import as_linears_, replace_module
 from .folder import checkpoint_names, read_index, read_shard
 from .format import PackedMatrix
 from .linear import ThreeTierLinear, choose_kernel, dense_linear

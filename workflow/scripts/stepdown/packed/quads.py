@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tiers import Tier
+from ..tensors.tiers import Tier
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout
 
 BLOCKS = 4

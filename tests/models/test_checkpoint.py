@@ -1,0 +1,223 @@
+"""Checkpoints and tier maps on disk: whole or not at all, byte-identical, and of the model they say they are of."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from families import make_model
+from safetensors.torch import load_file, save_file
+
+from stepdown.errors import UserError
+from stepdown.models import checkpoint as checkpoints
+from stepdown.models.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint, save_tensors, shard_of
+from stepdown.models.decoder import open_decoder
+from stepdown.models.tier_maps import check_same_model, check_zeros, dense_tier_map, read_tier_map, write_tier_map
+
+IDENTITY = {"base_model": "0" * 64, "iteration": "1"}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def tier_map(model):
+    shapes = {name: tuple(linear.weight.shape) for name, linear in open_decoder(model, "cpu").linears().items()}
+    return dense_tier_map(shapes, 16, 10, Checkpoint(model).content_hash())
+
+
+def halve(tensors):
+    for name in tensors:
+        if name.endswith("proj.weight"):
+            tensors[name] *= 0.5
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_rewritten_checkpoint_loads_as_usual(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    rewrite_checkpoint(model, tmp_path / "half", halve, IDENTITY)
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "half").state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor * (0.5 if name.endswith("proj.weight") else 1)), name
+    assert Checkpoint(tmp_path / "half").identity() == IDENTITY
+    assert {"model.layers.0.safetensors", "model.layers.2.safetensors", "rest.safetensors"} <= files(
+        tmp_path / "half"
+    ).keys()
+
+
+def test_the_same_bytes_every_time_and_of_any_shards(model, tmp_path):
+    for name in ("one", "two"):
+        rewrite_checkpoint(model, tmp_path / name, halve, IDENTITY)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    rewrite_checkpoint(model, tmp_path / "same", lambda tensors: None, IDENTITY)
+    assert Checkpoint(model).content_hash() == Checkpoint(tmp_path / "same").content_hash()
+    assert Checkpoint(model).content_hash() != Checkpoint(tmp_path / "one").content_hash()
+
+
+def test_types_on_disk_stay(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_model("llama", tmp_path / "float32")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+
+    def to_float(tensors):
+        tensors.update({name: tensor.float() for name, tensor in tensors.items()})
+
+    rewrite_checkpoint(tmp_path / "bfloat16", tmp_path / "out", to_float, IDENTITY)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "rest.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch, existing):
+    target = tmp_path / "target"
+    if existing:
+        rewrite_checkpoint(model, target, lambda tensors: None, IDENTITY)
+        before = files(target)
+    calls = []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        rewrite_checkpoint(model, target, halve, IDENTITY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["model", "target"] if existing else ["model"])
+    if existing:
+        assert files(target) == before
+
+
+def test_passing_on_takes_no_second_copy(model, tmp_path):
+    pass_on_checkpoint(model, tmp_path / "passed")
+    assert files(model) == files(tmp_path / "passed")
+    weights = "model.safetensors"
+    assert (model / weights).stat().st_ino == (tmp_path / "passed" / weights).stat().st_ino
+
+
+def test_a_passed_on_checkpoint_survives_a_rewrite_of_its_source(model, tmp_path):
+    pass_on_checkpoint(model, tmp_path / "passed")
+    before = files(tmp_path / "passed")
+    rewrite_checkpoint(model, model, halve, IDENTITY)
+    assert files(tmp_path / "passed") == before
+
+
+def test_shards_follow_the_first_number():
+    assert shard_of("model.layers.11.mlp.experts.3.w1.weight") == "model.layers.11"
+    assert shard_of("model.embed_tokens.weight") == "rest"
+
+
+def damage_truncate(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-100])
+
+
+def damage_no_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+def damage_no_config(model):
+    (model / "config.json").unlink()
+
+
+def damage_empty(model):
+    (model / "model.safetensors").write_bytes(b"")
+
+
+def damage_missing_shard(model):
+    index = {"metadata": {}, "weight_map": {"a.weight": "model-00001.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damage_garbled_index(model):
+    (model / "model.safetensors.index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, r"model\.safetensors: truncated or damaged"),
+        (damage_no_weights, "no weights found"),
+        (damage_no_config, "has no config.json"),
+        (damage_empty, "truncated"),
+        (damage_missing_shard, "model-00001.safetensors, named in .* is missing"),
+        (damage_garbled_index, "not a readable index"),
+    ],
+)
+def test_damaged_folders_are_named(model, damage, message):
+    damage(model)
+    with pytest.raises(UserError, match=message) as caught:
+        Checkpoint(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_tier_maps_come_back_as_written(tier_map, tmp_path):
+    write_tier_map(tier_map, tmp_path / "map.safetensors")
+    first = (tmp_path / "map.safetensors").read_bytes()
+    again = read_tier_map(tmp_path / "map.safetensors")
+    write_tier_map(again, tmp_path / "map.safetensors")
+    assert (tmp_path / "map.safetensors").read_bytes() == first
+    assert again.shapes == tier_map.shapes and again.identity == tier_map.identity
+
+
+def test_metadata_has_one_order(tmp_path):
+    metadata = dict.fromkeys("qwertyuiop", "é " * 3)
+    for name in ("one", "two"):
+        save_tensors({"a": torch.ones(3)}, tmp_path / name, metadata)
+        assert checkpoints.load_tensors(tmp_path / name)[1] == metadata
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_map_of_another_model_or_iteration_is_refused(model, tier_map, tmp_path):
+    check_same_model(tier_map, "map", Checkpoint(model))
+    other = Checkpoint(make_model("llama", tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match="map: tier map of another model"):
+        check_same_model(tier_map, "map", other)
+    with pytest.raises(UserError, match=r"map: tier map of iteration 0, but .* is of iteration 0"):
+        check_same_model(tier_map, "map", Checkpoint(model), iterations_ahead=1)
+
+
+def test_a_map_of_another_block_size_is_refused(tier_map, tmp_path):
+    tensors = tier_map.tiers
+    write_tier_map(tier_map, tmp_path / "map.safetensors")
+    with checkpoints.safe_open(tmp_path / "map.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    save_tensors(tensors, tmp_path / "map.safetensors", metadata | {"block_size": "8"})
+    with pytest.raises(UserError, match=r"expected .* blocks of size 8"):
+        read_tier_map(tmp_path / "map.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tier map", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_broken_map_is_named(tmp_path, content):
+    (tmp_path / "map.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"map\.safetensors: not a readable"):
+        read_tier_map(tmp_path / "map.safetensors")
+
+
+def test_other_safetensors_are_no_tier_maps(model):
+    with pytest.raises(UserError, match="not a tier map of this version"):
+        read_tier_map(model / "model.safetensors")
+
+
+def test_revived_weights_are_noticed(model, tier_map):
+    name = next(iter(tier_map.tiers))
+    weight = Checkpoint(model).matrix(name)
+    tiers = dict(tier_map.tiers)
+    tiers[name] = torch.full_like(tiers[name], 1)
+    with pytest.raises(UserError, match=rf"{name}: {tiers[name].numel()} blocks hold more weights"):
+        check_zeros(tier_map.with_tiers(tiers), name, weight, model)
+
+
+def test_a_copy_of_the_folder_is_the_same_model(model, tier_map, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    check_same_model(tier_map, "map", Checkpoint(tmp_path / "copy"))

@@ -1,0 +1,316 @@
+"""A packed model on disk: the same model as its checkpoint, whole, and refused when it is not as it was written."""
+
+import argparse
+import decimal
+import heapq
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from three_tiers import prune_blocks_, tiers_by_shares
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stepdown
+from stepdown.errors import UserError
+from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
+from stepdown.models.decoder import open_decoder
+from stepdown.models.tier_maps import dense_tier_map, write_tier_map
+from stepdown.packed.folder import read_index, read_shard, sha256, write_packed
+from stepdown.packed.format import unpack
+from stepdown.packed.linear import ThreeTierLinear
+from stepdown.packed.model import load_packed
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "resources/pydoc-llama"
+SHARES = ("0.35", "0.45", "0.20")
+
+
+def prune_by_magnitude(model, folder):
+    """A checkpoint of a model with random tiers at the default schedule's last shares, and its map."""
+    decoder = open_decoder(model)
+    checkpoint = decoder.checkpoint
+    shapes = {name: checkpoint.shape(f"{name}.weight") for name in decoder.linears()}
+    identity = checkpoint.identity()
+    tier_map = dense_tier_map(shapes, 16, 10, identity["base_model"])
+    tier_map = tier_map.with_tiers({name: tiers_by_shares(shape, SHARES) for name, shape in shapes.items()})
+
+    def prune(shard):
+        for name in (key.removesuffix(".weight") for key in shard):
+            if name in shapes:
+                prune_blocks_(shard[f"{name}.weight"], tier_map.tiers[name], 10)
+
+    rewrite_checkpoint(checkpoint, folder / "model", prune, identity)
+    write_tier_map(tier_map, folder / "tier_map.safetensors")
+    return Checkpoint(folder / "model"), tier_map
+
+
+def pack_model(model, folder):
+    checkpoint, tier_map = prune_by_magnitude(model, folder)
+    share = write_packed(checkpoint, tier_map, folder / "tier_map.safetensors", folder / "packed")
+    return checkpoint, tier_map, share
+
+
+def unpacked(folder):
+    """All tensors of a packed folder as a checkpoint has them."""
+    index, found = read_index(folder), {}
+    for file in index["sha256"]:
+        tensors, matrices = read_shard(folder / file, index)
+        found |= tensors | {f"{name}.weight": unpack(matrix) for name, matrix in matrices.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """The bundled model pruned, and packed."""
+    folder = tmp_path_factory.mktemp("bundled")
+    return folder, *pack_model(BUNDLED, folder)
+
+
+def test_unpacking_gives_the_checkpoint_bit_for_bit(bundled):
+    folder, checkpoint, _, _ = bundled
+    found = unpacked(folder / "packed")
+    assert sorted(found) == checkpoint.names
+    for name, tensor in checkpoint.tensors(checkpoint.names).items():
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+def test_size(bundled):
+    folder, _, _, share = bundled
+    assert share <= 0.63
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def models(bundled):
+    """The model as packed, and as transformers loads it from its checkpoint."""
+    folder = bundled[0]
+    return stepdown.load_packed(folder / "packed"), AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def test_every_linear_runs_packed(bundled, models):
+    layers = {name for name, module in models[0].named_modules() if isinstance(module, ThreeTierLinear)}
+    assert layers >= set(bundled[2].tiers)
+    assert not any(isinstance(module, torch.nn.Linear) for module in models[0].modules())
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_the_checkpoint(models):
+    text = "\n\n".join(module.__doc__ for module in (argparse, decimal, heapq, statistics))
+    tokens = AutoTokenizer.from_pretrained(BUNDLED)(text, return_tensors="pt").input_ids[:, :1024]
+    packed, dense = (model(tokens, labels=tokens).loss.exp().item() for model in models)
+    assert packed == pytest.approx(dense, rel=1e-3)
+
+
+@torch.no_grad()
+def test_generates_what_the_checkpoint_generates(models):
+    """Token for token, but where the checkpoint itself holds two tokens for equally likely, as far as bf16 can tell."""
+    dense, same = models[1], 0
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 5, 17, 40):
+        prompt = torch.randint(0, 4096, (1, length), generator=generator)
+        ours, theirs = (model.generate(prompt, max_new_tokens=16, do_sample=False)[0] for model in models)
+        same += torch.equal(ours, theirs)
+        if not torch.equal(ours, theirs):
+            place = int((ours[: len(theirs)] != theirs[: len(ours)]).nonzero()[0])
+            first, second = (
+                dense(theirs[None, :place]).logits[0, -1, torch.stack([ours[place], theirs[place]])].tolist()
+            )
+            assert first == pytest.approx(second, rel=2**-6)
+    assert same >= 2
+
+
+@torch.no_grad()
+def test_torch_computes_what_the_checkpoint_computes(bundled, models):
+    tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_packed(bundled[0] / "packed", "torch")(tokens).logits, models[1](tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_any_family(family, tmp_path):
+    """Tied and untied heads, biases, transposed matrices, ragged shapes, float32 checkpoints run in bf16."""
+    checkpoint, _, _ = pack_model(make_model(family, tmp_path / "base"), tmp_path)
+    found = unpacked(tmp_path / "packed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in checkpoint.tensors(checkpoint.names).items())
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    tokens = torch.randint(2, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    packed_logits, logits = load_packed(tmp_path / "packed")(tokens).logits, dense(tokens).logits
+    assert (packed_logits - logits).norm() < 3e-2 * logits.norm()
+
+
+# ---------------------------------------------------------------- what is not whole
+
+
+@pytest.fixture
+def packed(bundled, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(bundled[0] / "packed", tmp_path / "packed")
+
+
+def shard(packed):
+    return packed / "model.layers.2.safetensors"
+
+
+def rewrite_shard(packed, change, metadata=None):
+    """Change the tensors of a shard, and its hash in packed.json too, as somebody would who knows the format."""
+    tensors = load_file(shard(packed))
+    with safe_open(shard(packed), "pt") as opened:
+        known = opened.metadata()
+    change(tensors)
+    save_file(tensors, shard(packed), metadata=known | (metadata or {}))
+    edit_index(packed, lambda index: index["sha256"].update({shard(packed).name: sha256(shard(packed))}))
+
+
+def edit_index(packed, change):
+    index = json.loads((packed / "packed.json").read_text())
+    change(index)
+    (packed / "packed.json").write_text(json.dumps(index))
+
+
+def refused(packed, match):
+    with pytest.raises(UserError, match=match) as caught:
+        load_packed(packed)
+    assert str(packed) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [0, 5, 1000, -1])
+def test_a_truncated_file(packed, left):
+    shard(packed).write_bytes(shard(packed).read_bytes()[:left])
+    refused(packed, "truncated")
+
+
+@pytest.mark.parametrize("place", [-1, -4000])
+def test_a_flipped_bit(packed, place):
+    content = bytearray(shard(packed).read_bytes())
+    content[place] ^= 4
+    shard(packed).write_bytes(content)
+    refused(packed, "sha256 differs")
+
+
+NAME = "model.layers.2.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("tiers", lambda tensor: tensor + 3, "from 0 to 2"),
+        ("tiers", lambda tensor: tensor[:, :-1].contiguous(), "tiers are not"),
+        ("tiers", lambda tensor: tensor.flip(0, 1) * 0, "tiers call for"),
+        ("dense", lambda tensor: tensor[1:], "dense is"),
+        ("dense", lambda tensor: tensor.view(torch.int16), "dense is"),
+        ("two_four", lambda tensor: tensor.float(), "two_four is"),
+        ("positions", lambda tensor: tensor * 0 + 255, "names a column twice"),
+        ("top_k", lambda tensor: tensor[:, :9].contiguous(), "top_k is"),
+        ("top_k_positions", lambda tensor: tensor.flip(1), "names a place twice"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_even_with_the_right_hash(packed, part, change, match):
+    def damage(tensors):
+        tensors[f"{NAME}.{part}"] = change(tensors[f"{NAME}.{part}"])
+
+    rewrite_shard(packed, damage)
+    refused(packed, f"{NAME}: .*{match}")
+
+
+def test_a_missing_part(packed):
+    rewrite_shard(packed, lambda tensors: tensors.pop(f"{NAME}.top_k"))
+    refused(packed, f"{NAME}.top_k is missing")
+
+
+@pytest.mark.parametrize("shapes", ["", "[[]]", "{", '{"a": 3}', f'{{"{NAME}": [0, 16]}}', f'{{"{NAME}": ["1", 16]}}'])
+def test_metadata_that_say_nonsense(packed, shapes):
+    rewrite_shard(packed, lambda tensors: None, {"shapes": shapes})
+    refused(packed, "which matrices it holds")
+
+
+def test_a_wrong_shape(packed):
+    shapes = json.dumps({NAME: [688, 272]})
+    rewrite_shard(packed, lambda tensors: None, {"shapes": shapes})
+    refused(packed, NAME)
+
+
+def test_a_later_version(packed):
+    edit_index(packed, lambda index: index.update(format="stepdown packed 2"))
+    refused(packed, "'stepdown packed 2', this version reads 'stepdown packed 1'")
+
+
+def test_a_shard_of_a_later_version(packed):
+    rewrite_shard(packed, lambda tensors: None, {"format": "stepdown packed 2"})
+    refused(packed, "'stepdown packed 2', this version reads")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("k"),
+        lambda index: index.update(k=0),
+        lambda index: index.update(block_size=32),
+        lambda index: index.update(sha256=3),
+    ],
+)
+def test_an_index_that_says_nonsense(packed, change):
+    edit_index(packed, change)
+    refused(packed, "not readable as the index")
+
+
+def test_a_missing_file(packed):
+    shard(packed).unlink()
+    refused(packed, "model.layers.2.safetensors, named in packed.json, is missing")
+
+
+def test_a_file_outside_the_folder(packed):
+    edit_index(packed, lambda index: index["sha256"].update({"../model/rest.safetensors": ""}))
+    refused(packed, "missing")
+
+
+def test_a_missing_layer(packed):
+    edit_index(packed, lambda index: index["sha256"].pop("model.layers.2.safetensors"))
+    refused(packed, "no tensor for model.layers.2")
+
+
+def test_a_folder_that_is_none(tmp_path):
+    refused(tmp_path, "no packed.json")
+
+
+# ---------------------------------------------------------------- packing
+
+
+def run(script, *arguments):
+    command = [sys.executable, ROOT / "workflow/scripts" / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_scripts(bundled, tmp_path):
+    folder = bundled[0]
+    options = ["--model", folder / "model", "--tier-map", folder / "tier_map.safetensors"]
+    assert run("pack.py", *options, "--output", tmp_path / "packed").returncode == 0
+    for file in (folder / "packed").iterdir():
+        assert (tmp_path / "packed" / file.name).read_bytes() == file.read_bytes(), "the same bytes every time"
+    finished = run("generate.py", "--model", tmp_path / "packed", "--prompt", "Return the length", "--tokens", 8)
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert lines[0].startswith("Return the length") and finished.stdout.count("tokens/s") == 2
+    assert lines[-1] == "the same text"
+
+
+def test_a_map_of_another_model_packs_nothing(bundled, tmp_path):
+    base = BUNDLED, bundled[0] / "tier_map.safetensors"
+    finished = run("pack.py", "--model", base[0], "--tier-map", base[1], "--output", tmp_path / "packed")
+    assert finished.returncode == 1 and finished.stderr.count("\n") == 1
+    assert "more weights than their tier allows" in finished.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_block_sizes_are_refused(bundled, tmp_path):
+    _, checkpoint, tier_map, _ = bundled
+    with pytest.raises(UserError, match="for blocks of 16"):
+        write_packed(checkpoint, replace(tier_map, block_size=32), "map", tmp_path / "packed")

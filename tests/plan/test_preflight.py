@@ -1,0 +1,272 @@
+"""What is checked before the first job: one clear line for each mistake, nothing to say about what is right."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from stepdown import text
+from stepdown.errors import UserError
+from stepdown.plan import preflight
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+def complete(config):
+    return preflight.complete_config(config, SCHEMA)
+
+
+def error_of(check, *arguments):
+    with pytest.raises(UserError) as caught:
+        check(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- the configuration -----------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_published_settings():
+    config = complete({})
+    pruning, calibration = config["pruning"], config["calibration"]
+    assert (pruning["block_size"], pruning["k"], pruning["selection"]) == (16, 10, "wanda")
+    assert (pruning["top_blocks"], pruning["threshold"]) == (0.6, 0.8)
+    assert (calibration["samples"], calibration["sequence_length"], calibration["batch_size"]) == (128, 2048, 1)
+    recovery = config["recovery"]
+    assert (recovery["batch_size"], recovery["gradient_accumulation"], recovery["learning_rate"]) == (4, 4, 2e-5)
+    assert (recovery["bf16"], recovery["evaluation_steps"], recovery["checkpoints_kept"]) == (True, 100, 2)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_names_every_key(path):
+    """An overlay goes over config.yaml: a key it leaves out would be that of a small machine."""
+    config = yaml.safe_load(path.read_text())
+    assert complete(config) == config
+
+
+def test_the_readme_tells_every_key_and_its_default():
+    told, section = {}, ""
+    for line in (ROOT / "config/README.md").read_text().splitlines():
+        if heading := re.match(r"`(\w+)`: ", line):
+            section = f"{heading[1]}."
+        elif row := re.match(r"\| `([\w.]+)` \|.*\| `(.+)` \|$", line):
+            told[section + row[1]] = row[2]
+    assert told == {key: yaml_text(default) for key, default in flat(complete({}))}
+
+
+def flat(section, prefix=""):
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def yaml_text(value):
+    """A value as a config file has it."""
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return "2.0e-5" if value == 2e-5 else value if isinstance(value, str) else json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"modle": "x"}, "unknown key modle; did you mean model?"),
+        ({"recovery": {"learning_rat": 1}}, "unknown key recovery.learning_rat; did you mean learning_rate?"),
+        ({"recovery": {"lora": {"r": 8}}}, "unknown key recovery.lora.r; the keys here are rank"),
+        ({3: 4}, "unknown key 3"),
+        ({"recovery": {"learning_rate": "2e-5"}}, "recovery.learning_rate: found '2e-5'; write 2.0e-5"),
+        ({"recovery": {"learning_rate": "1E4"}}, "write 1.0e+4"),
+        ({"recovery": {"learning_rate": "fast"}}, "found 'fast'; write a number, above 0"),
+        ({"recovery": {"learning_rate": 0}}, "above 0"),
+        ({"recovery": {"learning_rate": math.nan}}, "found nan"),
+        ({"recovery": {"weight_decay": math.inf}}, "found inf"),
+        ({"recovery": {"bf16": 1}}, "found 1; write true or false"),
+        ({"recovery": {"method": "half"}}, "write full or lora"),
+        ({"recovery": {"lora": {"dropout": 1}}}, "at least 0, below 1"),
+        ({"recovery": None}, "recovery: found nothing; write a section of keys"),
+        ({"recovery": [1]}, "recovery: found [1]; write a section of keys"),
+        ({"calibration": {"samples": True}}, "calibration.samples: found True; write a whole number"),
+        ({"calibration": {"samples": 1.5}}, "found 1.5"),
+        ({"calibration": {"samples": 0}}, "at least 1"),
+        ({"calibration": {"text": 3}}, "calibration.text: found 3"),
+        ({"calibration": {"text": {"tarin": "a.txt"}}}, "unknown key calibration.text.tarin; did you mean train?"),
+        ({"pruning": {"block_size": 18}}, "pruning.block_size: found 18"),
+        ({"pruning": {"k": -1}}, "pruning.k: found -1"),
+        ({"evaluation": {"texts": []}}, "evaluation.texts: found []"),
+        ({"evaluation": {"texts": "pydoc"}}, "evaluation.texts: found 'pydoc'; write a list"),
+        ({"oneshot": "wanda-2of4"}, "oneshot: found 'wanda-2of4'; write a list"),
+        ({"layer_sparsity": {"table": {"q_proj": 1}}}, "layer_sparsity.table: found {'q_proj': 1}"),
+        ({"device": "gpu"}, "device: found 'gpu'; write auto or cpu or cuda"),
+        ({"model": None}, "model: found nothing; write text"),
+        ({"seed": "x: ["}, "seed: found 'x: ['"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_clear_line(config, told):
+    assert told in error_of(complete, config)
+
+
+def test_numbers_given_as_text_are_read_as_yaml_reads_them():
+    """As `--config 'pruning={k: 8}'` gives them."""
+    config = complete({"pruning": {"k": "8"}, "recovery": {"learning_rate": "2.0e-5", "tokens_per_epoch": "null"}})
+    assert config["pruning"]["k"] == 8
+    assert (config["recovery"]["learning_rate"], config["recovery"]["tokens_per_epoch"]) == (2e-5, None)
+    samples = complete({"calibration": {"samples": 64.0}})["calibration"]["samples"]
+    assert isinstance(samples, int)
+    assert samples == 64
+
+
+def test_adapter_targets_that_match_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {f"layers.0.{name}.weight": torch.ones(2, 2) for name in ("q_proj", "up_proj")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for targets in ("all-linear", "q_proj", ["layers.0.up_proj", "q_proj"]):
+        preflight.check_adapter_targets(targets, tmp_path)
+    told = error_of(preflight.check_adapter_targets, ["q_proj", "v_proj"], tmp_path)
+    assert told == f"config key recovery.lora.targets: found 'v_proj'; {tmp_path} has q_proj, up_proj, or all-linear"
+    assert "found 'proj'" in error_of(preflight.check_adapter_targets, "proj", tmp_path)
+
+
+def test_shards_want_several_processes():
+    assert "recovery.sharded: found true with one" in error_of(
+        preflight.check_inputs, complete({"recovery": {"sharded": True}})
+    )
+
+
+def test_block_size_and_k():
+    preflight.check_block(4, 16)
+    assert "multiple of 4" in error_of(preflight.check_block, 18, 10)
+    assert "a block of 8x8 has 64 entries" in error_of(preflight.check_block, 8, 65)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder that looks like a model of two shards."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 128}))
+    (folder / "tokenizer.json").write_text("{}")
+    for name in "ab":
+        save_file({name: torch.ones(3, 5)}, folder / f"{name}.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in "ab"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_whole_model(model):
+    preflight.check_model(model)
+    preflight.check_length("here", 128, model)
+
+
+def test_a_model_in_one_file(model):
+    (model / "model.safetensors.index.json").unlink()
+    (model / "a.safetensors").rename(model / "model.safetensors")
+    preflight.check_model(model)
+
+
+def test_pickled_weights_are_for_the_first_job(model):
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    (model / "pytorch_model.bin").touch()
+    preflight.check_model(model)
+
+
+@pytest.mark.parametrize("cut", [1, 30, 130, 10_000])
+def test_a_truncated_shard(model, cut):
+    shard = model / "b.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-cut])
+    assert "b.safetensors" in error_of(preflight.check_model, model)
+
+
+def test_a_shard_that_is_something_else(model):
+    (model / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "a.safetensors" in error_of(preflight.check_model, model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "b.safetensors"])
+def test_a_missing_file(model, name):
+    (model / name).unlink()
+    assert name in error_of(preflight.check_model, model)
+
+
+def test_a_model_without_weights(model):
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    assert "no weights" in error_of(preflight.check_model, model)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"model"'])
+def test_a_config_that_is_none(model, content):
+    (model / "config.json").write_text(content)
+    assert "config.json" in error_of(preflight.check_model, model)
+
+
+@pytest.mark.parametrize("config", [{"n_positions": 64}, {"text_config": {"max_position_embeddings": 64}}])
+def test_a_sequence_longer_than_the_model_allows(model, config):
+    (model / "config.json").write_text(json.dumps(config))
+    preflight.check_length("config key calibration.sequence_length", 64, model)
+    message = error_of(preflight.check_length, "config key calibration.sequence_length", 65, model)
+    assert "calibration.sequence_length: found 65" in message
+    assert "at most 64" in message
+
+
+def test_a_folder_or_a_hub_id(model, monkeypatch):
+    assert preflight.local_model(str(model)) == model
+    assert preflight.local_model("meta-llama/Llama-2-7b-hf") is None
+    assert preflight.local_model("gpt2") is None
+    monkeypatch.chdir(model.parent.parent)
+    near = f"{model.parent.name}/modell"
+    for missing in (near, f"./{near}", str(model.parent / "x"), "~/model", "a/b/c", str(model / "config.json")):
+        assert f"no folder {missing}" in error_of(preflight.local_model, missing)
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_corpora_are_those_that_can_be_read():
+    assert set(preflight.CORPORA) == set(text._SOURCES)
+    assert set(preflight.TEXT_ENDINGS) == {*text._PLAIN, ".jsonl", ".parquet"}
+
+
+def test_texts(tmp_path):
+    file = tmp_path / "some.txt"
+    file.write_text("word " * 100)
+    check = preflight.check_text
+    check("here", "pydoc", ("train",), 2048)
+    check("here", str(file), ("train",), 500)
+    check("here", {"train": str(file)}, ("train",), 500)
+    assert "has 500 bytes, too few" in error_of(check, "here", str(file), ("train",), 501)
+    assert "here: no file wikitex2; name a file or one of pydoc" in error_of(check, "here", "wikitex2", ("train",), 8)
+    assert "no file" in error_of(check, "here", str(tmp_path), ("train",), 8)
+    splits = {"train": str(file), "test": "nowhere.txt"}
+    assert "no file for the split valid" in error_of(check, "here", splits, ("train", "valid"), 8)
+    assert "no file nowhere.txt" in error_of(check, "here", splits, ("test",), 8)
+    other = tmp_path / "some.doc"
+    other.write_text("word " * 100)
+    assert "some.doc ends in none of .txt" in error_of(check, "here", str(other), ("train",), 8)
+
+
+def test_a_complete_configuration_is_checked_against_what_it_names(model, tmp_path):
+    file = tmp_path / "some.txt"
+    file.write_text("word " * 100)
+    small = {"sequence_length": 64}
+    config = complete(
+        {"model": str(model), "calibration": small, "recovery": {**small, "text": str(file)}, "evaluation": small}
+    )
+    preflight.check_inputs(config)
+    config["evaluation"]["sequence_length"] = 129
+    assert "evaluation.sequence_length: found 129" in error_of(preflight.check_inputs, config)
+    config["evaluation"] = {**small, "texts": ["pydoc", "nowhere.txt"]}
+    assert "evaluation.texts: no file nowhere.txt" in error_of(preflight.check_inputs, config)

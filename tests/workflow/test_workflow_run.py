@@ -1,0 +1,164 @@
+"""The real workflow, with its real scripts, on a tiny model: two iterations, one-shot runs, tables and report."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from projects import ROOT, ROWS, snakemake
+
+from stepdown.models.checkpoint import Checkpoint
+from stepdown.models.tier_maps import read_tier_map
+from stepdown.packed.model import load_packed
+from stepdown.tensors.patterns import n_of_m
+from stepdown.tensors.tiers import count_tiers, tier_counts, violations
+
+SCRIPTS = ROOT / "workflow/scripts"
+
+
+def result(project, step, name="eval.json"):
+    return json.loads((project / "results" / step / name).read_text())
+
+
+@pytest.mark.parametrize(("step", "row"), [("iter1", 0), ("iter2", 1), ("oneshot/three-tier", 1)])
+@pytest.mark.parametrize("model", ["pruned_model", "refitted_model", "finetuned_model"])
+def test_tiers_hold_in_every_matrix_of_every_checkpoint(project, step, row, model):
+    folder = project / "results" / step
+    tier_map, checkpoint = read_tier_map(folder / "tier_map.safetensors"), Checkpoint(folder / model)
+    before = read_tier_map(project / "results/iter1/tier_map.safetensors").tiers if step == "iter2" else {}
+    assert len(tier_map.tiers) == 21
+    for name, tiers in tier_map.tiers.items():
+        assert count_tiers(tiers) == tier_counts(ROWS[row][:3], tiers.numel())
+        assert violations(checkpoint.matrix(name), tiers, tier_map.block_size, tier_map.k) == 0
+        assert name not in before or (tiers >= before[name]).all()
+
+
+def test_finetuning_keeps_every_zero_and_changes_the_rest(project):
+    folder = project / "results/oneshot/three-tier"
+    pruned, finetuned = Checkpoint(folder / "pruned_model"), Checkpoint(folder / "finetuned_model")
+    tier_map = read_tier_map(folder / "tier_map.safetensors")
+    assert result(project, "oneshot/three-tier", "training.json")["best_step"] > 0
+    for name in tier_map.tiers:
+        before, after = pruned.matrix(name), finetuned.matrix(name)
+        assert not (before != after).logical_and(before == 0).any() or (tier_map.tiers[name] == 0).any()
+    before, after = pruned.matrix(name), finetuned.matrix(name)
+    assert (before != after).any()
+
+
+def test_evaluations_say_what_was_found(project):
+    found = result(project, "iter2")
+    assert found["tier_shares"].keys() == {"dense", "mid_2_4", "topk"}
+    assert found["sparsity"]["per_tier"]["mid_2_4"] == pytest.approx(0.5, abs=0.02)
+    assert found["finetuning"] == {"method": "full", "epochs": 2, "tokens": 1024}
+    assert found["perplexity"]["pydoc"]["base"] == result(project, "iter0")["perplexity"]["pydoc"]["base"]
+    assert "windows of 32 tokens" in found["protocol"] and str(project) not in json.dumps(found)
+
+
+def test_the_one_shot_run_trains_on_as_many_tokens(project):
+    tokens = [result(project, step, "training.json")["tokens"] for step in ("iter1", "iter2", "oneshot/three-tier")]
+    assert tokens[0] + tokens[1] == tokens[2] == 3 * 512
+
+
+def test_a_run_by_method_and_pattern_is_exact_and_stays_so(project):
+    folder = project / "results/oneshot/sparsegpt-2of4"
+    report, finetuned = (
+        result(project, "oneshot/sparsegpt-2of4", "pruning.json"),
+        Checkpoint(folder / "finetuned_model"),
+    )
+    assert len(report["matrices"]) == 21
+    assert all(n_of_m(2, 4).fault(finetuned.matrix(name)) == "" for name in report["matrices"])
+    assert result(project, "oneshot/sparsegpt-2of4", "training.json")["best_step"] > 0
+    found = result(project, "oneshot/sparsegpt-2of4")
+    assert found["sparsity"]["overall"] == found["sparsity"]["target"] == 0.5
+    assert (
+        set(found["sparsity"]["target_per_matrix"].values()) == set(found["sparsity"]["per_matrix"].values()) == {0.5}
+    )
+
+
+def test_all_runs_are_compared_with_their_cost(project):
+    with (project / "results/compare.csv").open() as file:
+        table = list(csv.DictReader(file))
+    runs = ["iter0", "iter1", "iter2", "oneshot/sparsegpt-2of4", "oneshot/three-tier"]
+    assert [row["run"] for row in table] == runs
+    assert all(float(row["pruning_seconds"]) > 0 and float(row["finetuning_seconds"]) > 0 for row in table[1:])
+    assert max(float(row["peak_memory_mb"]) for row in table[1:]) > 100
+
+
+def test_table_figures_and_report_are_there(project):
+    with (project / "results/summary.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["iter0", "iter1", "iter2", "oneshot/three-tier"]
+    assert "oneshot/three-tier" in (project / "results/summary.txt").read_text()
+    report = (project / "results/report.html").read_text()
+    assert all(name in report for name in ("perplexity", "tier_shares", "tier_maps", "training", "comparison"))
+
+
+def test_a_finetuned_checkpoint_loads_as_usual(project):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = project / "results/iter2/finetuned_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model(**tokenizer("import os", return_tensors="pt")).logits.isfinite().all()
+
+
+def test_there_is_nothing_left_to_do(project):
+    assert "Nothing to be done" in snakemake(project).stderr
+
+
+def test_the_users_model_is_linked_and_never_written_to(project):
+    files = {path.name for path in (project / "model").iterdir()}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (project / "results/iter0/model/model.safetensors").is_symlink()
+
+
+def script(name, *words):
+    return subprocess.run([sys.executable, SCRIPTS / name, *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--tier-map": "results/iter1/tier_map.safetensors"}, "tier map of iteration 1, but"),
+        ({"--model": "model", "--tier-map": "results/iter2/tier_map.safetensors"}, "tier map of iteration 2, but"),
+        ({"--calibration": "results/iter2/tier_map.safetensors"}, "norms found"),
+        ({"--model": "nowhere"}, "nowhere: is not a folder"),
+        ({"--tier-map": "schedule.csv"}, "not a readable"),
+        ({"--output": "schedule.csv/scores"}, "schedule.csv"),
+    ],
+)
+def test_a_script_tells_a_mistake_in_one_line(project, change, message):
+    words = {
+        "--model": "results/iter2/finetuned_model",
+        "--calibration": "results/iter2/calibration.safetensors",
+        "--tier-map": "results/iter2/tier_map.safetensors",
+        "--output": "scores.safetensors",
+    } | change
+    finished = script("score.py", *(part for flag, path in words.items() for part in (flag, project / path)))
+    assert finished.returncode == 1
+    assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr, finished.stderr
+    assert not (project / "scores.safetensors").exists()
+
+
+def test_every_script_explains_itself():
+    names = sorted(path.name for path in SCRIPTS.glob("*.py"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, finished in zip(names, pool.map(lambda name: script(name, "--help"), names), strict=True):
+            assert finished.stdout.startswith("usage:"), name
+
+
+def test_an_iteration_is_packed_when_asked_for(project):
+    finished = snakemake(project, "results/iter2/packed/packed.json")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    packed = load_packed(project / "results/iter2/packed", "torch")
+    name = "model.layers.1.mlp.down_proj"
+    weight = Checkpoint(project / "results/iter2/finetuned_model").matrix(name)
+    assert torch.equal(packed.get_submodule(name).weight, weight.bfloat16())

@@ -1,0 +1,1 @@
+"""A model on disk and in memory: reading, writing, walking, which weights are pruned."""

@@ -1,0 +1,311 @@
+"""Checkpoints as ordinary Hugging Face folders: read lazily, a tensor at a time; written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..cli import progress
+from ..errors import UserError
+from ..files import INDEX_NAME, atomic_write, safetensors_header, usual_mode, weight_files
+
+# What stands in a checkpoint beside its weights and belongs to it.
+SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+CHUNK_BYTES = 1 << 24
+
+
+class Checkpoint:
+    """The weights of a folder, read when asked for; every matrix [out, in], also one that is stored transposed.
+
+    transposed: names of those that are, as the index of a folder of ours says; of another origin, only the model can
+    tell. Raises `UserError` when the folder holds no safetensors weights or a file is truncated.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._file_of: dict[str, Path] = {}
+        self._headers: dict[Path, dict] = {}
+        for file in weight_files(self.folder):
+            header, _ = safetensors_header(file)
+            self._headers[file] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            self._file_of.update(dict.fromkeys(self._headers[file], file))
+        self.transposed = frozenset(_index_metadata(self.folder).get("transposed", ()))
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape without reading the tensor."""
+        shape = self._headers[self._file_of[name]][name]["shape"]
+        return tuple(reversed(shape) if name in self.transposed else shape)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
+        by_file = defaultdict(list)
+        for name in names:
+            if name not in self:
+                raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
+            by_file[self._file_of[name]].append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in wanted:
+                        tensor = opened.get_tensor(name)
+                        found[name] = tensor.T.contiguous() if name in self.transposed else tensor.clone()
+            except SafetensorError as error:
+                raise UserError(
+                    f"{file}: not a readable safetensors file ({error}); copy or download it again"
+                ) from None
+        return found
+
+    def matrix(self, linear: str) -> Tensor:
+        """The weight [out, in] of a linear."""
+        return self.tensors([f"{linear}.weight"])[f"{linear}.weight"]
+
+    def shards(self) -> dict[str, list[str]]:
+        """Names of the tensors by shard: one shard per decoder layer, one (`rest`) for what belongs to none."""
+        shards = defaultdict(list)
+        for name in self.names:
+            shards[shard_of(name)].append(name)
+        return dict(shards)
+
+    def content_hash(self) -> str:
+        """sha256 of all names, types, shapes and bytes; how the tensors are spread over files does not matter."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            file = self._file_of[name]
+            entry = self._headers[file][name]
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            for chunk in _stored_bytes(file, *entry["data_offsets"]):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, str]:
+        """What the checkpoint says it is: `base_model` and `iteration`; a folder of other origin is its own base."""
+        known = _index_metadata(self.folder).get("stepdown")
+        return known or {"base_model": self.content_hash(), "iteration": "0"}
+
+
+def _index_metadata(folder: Path) -> dict:
+    index = folder / INDEX_NAME
+    return json.loads(index.read_text()).get("metadata", {}) if index.exists() else {}
+
+
+def shard_of(name: str) -> str:
+    """The decoder layer a tensor belongs to ("model.layers.3"), found by the first number in its name; else "rest"."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return "rest" if number is None else ".".join(parts[: number + 1])
+
+
+def rewrite_checkpoint(
+    source: Checkpoint | Path | str,
+    target: Path | str,
+    change: Callable[[dict[str, Tensor]], None],
+    identity: dict[str, str],
+    description: str = "write",
+) -> None:
+    """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
+
+    `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+
+    def changed() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for shard, names in progress(checkpoint.shards().items(), description):
+            tensors = checkpoint.tensors(names)
+            types = {name: tensor.dtype for name, tensor in tensors.items()}
+            change(tensors)
+            yield shard, {name: tensors[name].to(types[name]) for name in names}
+
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed)
+
+
+def write_checkpoint(
+    source: Path,
+    target: Path | str,
+    shards: Iterable[tuple[str, dict[str, Tensor]]],
+    identity: dict[str, str],
+    transposed: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time.
+
+    The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
+    transposed: names of the matrices, given as [out, in], that their family stores the other way round.
+    """
+    transposed = frozenset(transposed)
+    with new_folder(target) as folder:
+        for file in side_files(source):
+            shutil.copyfile(file, folder / file.name)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        weight_map, total_size = {}, 0
+        for shard, tensors in shards:
+            tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}
+            save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+        write_index(folder, weight_map, total_size, identity, transposed)
+
+
+@contextmanager
+def new_folder(target: Path | str) -> Iterator[Path]:
+    """A folder to write in that becomes `target` at the end, in place of what was there; on an error it is deleted."""
+    target = Path(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_base_index(checkpoint: Checkpoint) -> str:
+    """Write into the folder of a base model what only reading all its weights, or building the model, can tell.
+
+    An index that is a link is replaced, not written through. Returns the hash by which the model is known from now on.
+    """
+    weight_map, total_size = {}, 0
+    for file in weight_files(checkpoint.folder):
+        header, start = safetensors_header(file)
+        weight_map.update(dict.fromkeys(header.keys() - {"__metadata__"}, file.name))
+        total_size += file.stat().st_size - start
+    base_model = checkpoint.content_hash()
+    identity = {"base_model": base_model, "iteration": "0"}
+    write_index(checkpoint.folder, weight_map, total_size, identity, checkpoint.transposed)
+    return base_model
+
+
+def write_index(
+    folder: Path, weight_map: dict[str, str], total_size: int, identity: dict[str, str], transposed: Iterable[str]
+) -> None:
+    """The index of a checkpoint as Hugging Face has it, and in its metadata what we know of the weights.
+
+    With their hashes it differs where they do, and can stand for them.
+    """
+    hashes = {name: file_hash(folder / name) for name in sorted(set(weight_map.values()))}
+    metadata = {"total_size": total_size, "stepdown": identity, "transposed": sorted(transposed), "sha256": hashes}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+    atomic_write(folder / INDEX_NAME, text + "\n")
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def rewriting_layers(
+    source: Checkpoint, target: Path | str, identity: dict[str, str]
+) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+    """Write `target` as `source` with matrices changed in the order of the model's layers, by name of their linears.
+
+    Yields what takes the new weights of a layer; the checkpoint is written when the block ends. Layers are walked in
+    the order of the model and written in the order of their names, so they wait on disk in between.
+    """
+    target, file_of = Path(target), {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+
+        def put_aside(weights: dict[str, Tensor]) -> None:
+            tensors = {f"{name}.weight": weight for name, weight in weights.items()}
+            file = Path(waiting) / f"{len(file_of)}.safetensors"
+            save_tensors(tensors, file, {})
+            file_of.update(dict.fromkeys(tensors, file))
+
+        def replace(tensors: dict[str, Tensor]) -> None:
+            for file in {file_of[name] for name in tensors if name in file_of}:
+                tensors.update(load_tensors(file)[0])
+
+        yield put_aside
+        rewrite_checkpoint(source, target, replace, identity)
+
+
+def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
+    """Make `target` the same checkpoint as `source`, its weights by hard links where the file system has them."""
+    with new_folder(target) as folder:
+        for file in sorted(Path(source).iterdir()):
+            # The index is an output that Snakemake dates: it must be a file of its own.
+            copy = _link_or_copy if file.suffix == ".safetensors" else shutil.copyfile
+            copy(file, folder / file.name)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are neither weights nor their index: configuration, tokenizer, code."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in SIDE_FILES)
+    return [file for file in files if not file.name.endswith(".index.json")]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
+    """Write one safetensors file under a temporary name and rename it; nothing is left of it on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, partial, metadata=metadata)
+        _sort_metadata(partial)
+        partial.chmod(usual_mode())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in the order of their names: safetensors writes them in a different one every time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, and its metadata; raises `UserError` when it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from None
+
+
+def _stored_bytes(file: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of one tensor, read and not mapped, so that hashing a model takes no memory."""
+    _, start = safetensors_header(file)
+    with file.open("rb") as opened:
+        opened.seek(start + begin)
+        left = end - begin
+        while left:
+            chunk = opened.read(min(left, CHUNK_BYTES))
+            left -= len(chunk)
+            yield chunk

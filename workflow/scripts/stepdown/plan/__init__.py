@@ -1,0 +1,1 @@
+"""What names, schedule and configuration ask for; who may run. Without torch."""

@@ -1,0 +1,219 @@
+"""What can be checked before the first job: the configuration, the model's folder, the texts. Standard library only,
+but for `complete_config`, which Snakemake's own environment runs."""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import check_length, read_json_object, safetensors_header, weight_files
+
+CORPORA = ("pydoc", "wikitext2", "c4")
+TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
+# The splits each section of the configuration reads of its text.
+SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evaluation": ("test",)}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+# The JSON Schema of the configuration, for people.
+TYPE_WORDS = {
+    "string": "text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "a section of keys",
+}
+BOUND_WORDS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "above {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "below {}",
+    "multipleOf": "a multiple of {}",
+    "minItems": "at least {} of them",
+    "uniqueItems": "each item once",
+}
+
+
+# --- the configuration: keys, types, defaults ------------------------------------------------------------------------
+
+
+def complete_config(config: dict, schema: dict) -> dict:
+    """A copy of the configuration in the schema's order with its defaults filled in.
+
+    Raises `UserError` for an unknown key, a wrong type, or a value out of bounds.
+    """
+    return _complete(config, schema, schema.get("$defs", {}), "")
+
+
+def _complete(value: object, schema: dict, definitions: dict, key: str) -> object:
+    schema = _resolve(schema, definitions)
+    if isinstance(value, dict) and "properties" in schema:
+        return dict(_complete_section(value, schema["properties"], definitions, key))
+    if isinstance(value, list) and "items" in schema:
+        value = [_complete(item, schema["items"], definitions, key) for item in value]
+    return _checked(value, schema | {"$defs": definitions}, key)
+
+
+def _complete_section(section: dict, properties: dict, definitions: dict, key: str) -> Iterator[tuple[str, object]]:
+    for name in section:
+        if name not in properties:
+            near = difflib.get_close_matches(str(name), properties, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(properties)}"
+            raise UserError(f"config: unknown key {_join(key, name)}; {hint}")
+    for name, schema in properties.items():
+        schema = _resolve(schema, definitions)
+        if name in section:
+            yield name, _complete(section[name], schema, definitions, _join(key, name))
+        elif "default" in schema:
+            yield name, schema["default"]
+        elif schema["type"] == "object":
+            yield name, _complete({}, schema, definitions, _join(key, name))
+
+
+def _checked(value: object, schema: dict, key: str) -> object:
+    """The value as the schema's type. `--config 'pruning={k: 8}'` hands over text, which YAML reads as a number."""
+    import yaml
+    from jsonschema import Draft202012Validator
+
+    is_valid = Draft202012Validator(schema).is_valid
+    if isinstance(value, str) and not is_valid(value):
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            read = value
+        value = read if is_valid(read) else value
+    if not is_valid(value) or (isinstance(value, float) and not math.isfinite(value)):
+        found = "nothing" if value is None else repr(value)
+        raise UserError(f"config key {key}: found {found}; write {_expected(value, schema)}")
+    # To JSON Schema 128.0 is an integer, to a command line it is not.
+    return int(value) if isinstance(value, float) and "integer" in schema.get("type", "") else value
+
+
+def _expected(value: object, schema: dict) -> str:
+    """What the schema asks for, in words."""
+    if "enum" in schema:
+        return " or ".join(map(str, schema["enum"]))
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if "number" in types and (number := re.fullmatch(r"([0-9.]+)e([+-]?[0-9]+)", str(value), re.IGNORECASE)):
+        mantissa = number[1] if "." in number[1] else f"{number[1]}.0"
+        return f"{mantissa}e{int(number[2]):+d} (to YAML {value} is text)"
+    bounds = [words.format(schema[bound]) for bound, words in BOUND_WORDS.items() if bound in schema]
+    return ", ".join([" or ".join(TYPE_WORDS[name] for name in types), *bounds])
+
+
+def _resolve(schema: dict, definitions: dict) -> dict:
+    if "$ref" not in schema:
+        return schema
+    return definitions[schema["$ref"].rpartition("/")[2]] | {name: schema[name] for name in schema if name != "$ref"}
+
+
+def _join(section: str, name: object) -> str:
+    return f"{section}.{name}" if section else str(name)
+
+
+# --- what the configuration points at --------------------------------------------------------------------------------
+
+
+def check_inputs(config: dict) -> None:
+    """Model, texts and lengths of a complete configuration; `UserError` for what no job could work with."""
+    check_block(**{key: config["pruning"][key] for key in ("block_size", "k")})
+    folder = local_model(config["model"])
+    if folder:
+        check_model(folder)
+        if config["recovery"]["method"] == "lora" and any(folder.glob("*.safetensors")):
+            check_adapter_targets(config["recovery"]["lora"]["targets"], folder)
+    if config["recovery"]["sharded"] and config["recovery"]["processes"] == 1:
+        raise UserError("config key recovery.sharded: found true with one process; raise recovery.processes")
+    tasks = config["zero_shot"]["task_folder"]
+    if tasks and not Path(tasks).is_dir():
+        raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
+    for section, splits in SPLITS_READ.items():
+        options = config[section]
+        length = options["sequence_length"]
+        if folder:
+            check_length(f"config key {section}.sequence_length", length, folder)
+        texts = options["texts"] if section == "evaluation" else [options["text"]]
+        key = f"config key {section}.{'texts' if section == 'evaluation' else 'text'}"
+        for text in texts:
+            check_text(key, text, splits, length)
+
+
+def check_writable(*folders: Path) -> None:
+    """Folders that a run writes to, as far as they are there already."""
+    for folder in folders:
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{folder.resolve()}: no permission to write here; change it, or run in another folder")
+
+
+def check_block(block_size: int, k: int) -> None:
+    """A block holds whole groups of four inputs and at least the k entries that TopK keeps."""
+    if block_size % 4:
+        raise UserError(f"config key pruning.block_size: found {block_size}; write a multiple of 4 such as 16")
+    if k > block_size**2:
+        entries = f"a block of {block_size}x{block_size} has {block_size**2} entries"
+        raise UserError(f"config key pruning.k: found {k}; {entries}, write at most that")
+
+
+def local_model(model: str) -> Path | None:
+    """The folder a model is in, or None for a hub id."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    # `resources/pydoc-lama` has the form of a hub id, but who has a folder `resources` means one in it.
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) or ("/" in model and path.parent.is_dir()):
+        raise UserError(f"config key model: no folder {model}; name a folder with config.json or a hub id")
+    return None
+
+
+def check_model(folder: Path) -> None:
+    """A folder in Hugging Face form: config.json, a tokenizer, and weights that are all there to the last byte."""
+    # Pickled weights are for the first job to convert: nothing here could read them.
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+        for file in weight_files(folder):
+            safetensors_header(file)
+    read_json_object(folder / "config.json")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
+
+
+def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
+    """Each target ends the name of a matrix, as far as the names on disk tell: experts have others once taken apart."""
+    headers = [safetensors_header(file)[0] for file in weight_files(folder)]
+    shapes = {name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"}
+    matrices = {f".{name.removesuffix('.weight')}" for name, shape in shapes.items() if len(shape) == 2}
+    for target in [targets] if isinstance(targets, str) else targets:
+        fits = target == "all-linear" or any(name.endswith(f".{target}") for name in matrices)
+        if not fits and all(len(shape) < 3 for shape in shapes.values()):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
+            raise UserError(f"config key recovery.lora.targets: found {target!r}; {folder} has {known}, or all-linear")
+
+
+def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_length: int) -> None:
+    """A known corpus, a file, or one file per split read, each with at least a byte per token of one sequence."""
+    if text in CORPORA:
+        return
+    if isinstance(text, dict) and (missing := [split for split in splits if split not in text]):
+        raise UserError(f"{where}: no file for the split {missing[0]}; name one for each of {', '.join(splits)}")
+    for path in text_files(text, splits):
+        if not path.is_file():
+            raise UserError(f"{where}: no file {path}; name a file or one of {', '.join(CORPORA)}")
+        if path.suffix not in TEXT_ENDINGS:
+            raise UserError(f"{where}: {path} ends in none of {', '.join(TEXT_ENDINGS)}; give it the right ending")
+        size = path.stat().st_size
+        # A token takes at least one byte of text; parquet is compressed, so its size says nothing.
+        if size < sequence_length and path.suffix != ".parquet":
+            raise UserError(
+                f"{where}: {path} has {size} bytes, too few for one sequence of {sequence_length} tokens; "
+                "name a longer text or a shorter sequence_length"
+            )
+
+
+def text_files(text: str | dict, splits: tuple[str, ...]) -> list[Path]:
+    """The local files that these splits of a text are read from; none for a corpus by name."""
+    if isinstance(text, dict):
+        return [Path(text[split]) for split in splits]
+    return [] if text in CORPORA else [Path(text)]

@@ -1,0 +1,1 @@
+"""Everything that visits the decoder layers of a model to change it."""

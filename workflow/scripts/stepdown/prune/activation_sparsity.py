@@ -1,0 +1,184 @@
+"""Activation sparsity at inference: inputs of a linear below its threshold count as zero (TEAL, Liu et al. 2024).
+
+Thresholds are quantiles of |x| on calibration text, found layer by layer on what the sparse layers before give. Names
+are those of the modules in the transformers model, so that `switch_on` finds them in a loaded one.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.decoder import Decoder, LayerWalk
+from ..models.linears import as_linears_
+from ..plan.compressions import Dynamic
+
+FORMAT = "stepdown activation sparsity 1"
+# |x| is counted by its exponent and the first 11 bits of its mantissa: a threshold is exact to 1/2048 of itself.
+BITS_DROPPED = 12
+BINS = 1 << (31 - BITS_DROPPED)
+# What a step of the greedy search adds to the share of zeros of a layer (TEAL's step size).
+STEP = 0.05
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def calibrate_thresholds(decoder: Decoder, windows: Tensor, batch_size: int, asked: Dynamic) -> dict[str, dict]:
+    """Per linear of the decoder layers: `threshold`, and the share of zeros `target` and `achieved` on the windows.
+
+    windows: int64 [samples, tokens]. `uniform` gives every linear the same share; `greedy` spreads the share over the
+    linears of a layer, weighted by their size, so that the layer's output changes least (TEAL, algorithm 1).
+    """
+    name_of = {module: name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear)}
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    found = {}
+    for place, (_, layer, replay) in enumerate(walk.layers(f"{asked.allocation} thresholds")):
+        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
+        with counting_magnitudes(linears) as counts:
+            replay(advance=False)
+        quantiles = {name: Quantiles(count) for name, count in counts.items()}
+        seen = {name: linears[name] for name in quantiles}
+        shares = dict.fromkeys(seen, float(asked.share))
+        if asked.allocation == "greedy":
+            shares = _greedy_shares(walk, place, seen, quantiles, float(asked.share))
+        thresholds = _thresholds(quantiles, shares)
+        # What a linear sees changes with the thresholds of those before it in the layer: once more, on sparse inputs.
+        with counting_magnitudes(seen) as counts, sparse_inputs(seen, thresholds):
+            replay(advance=False)
+        thresholds = _thresholds({name: Quantiles(count) for name, count in counts.items()}, shares)
+        with sparse_inputs(seen, thresholds), counting_magnitudes(seen) as counts:
+            replay()
+        for name, threshold in thresholds.items():
+            achieved = Quantiles(counts[name]).share_below(threshold)
+            found[name] = {"threshold": threshold, "target": shares[name], "achieved": achieved}
+    return found
+
+
+class Quantiles:
+    """The distribution of |x| from counts of its leading bits, int64 [BINS]."""
+
+    def __init__(self, counts: Tensor):
+        self.cumulative = counts.cumsum(0).double() / counts.sum()
+
+    def threshold(self, share: float) -> float:
+        """t such that |x| < t holds for `share` of the entries, or as near as the counts allow; 0 for none."""
+        if share <= 0:
+            return 0.0
+        above = int(torch.searchsorted(self.cumulative, share))
+        below = self.cumulative[above - 1].item() if above else 0.0
+        nearest = above if self.cumulative[above].item() - share <= share - below else above - 1
+        return _lower_edge(nearest + 1)
+
+    def share_below(self, threshold: float) -> float:
+        """The share of entries with |x| < threshold, a lower edge of a bin."""
+        bin_of = _bins(torch.tensor([threshold]))[0]
+        return self.cumulative[bin_of - 1].item() if bin_of else 0.0
+
+
+@contextmanager
+def counting_magnitudes(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """While open, counts |x| of the inputs of each linear by its leading bits: name -> int64 [BINS]."""
+    counts: dict[str, Tensor] = {}
+
+    def count(name: str, inputs: Tensor) -> None:
+        found = torch.bincount(_bins(inputs), minlength=BINS)
+        counts[name] = counts[name] + found if name in counts else found
+
+    with _hooked(linears, lambda name: lambda _, inputs: count(name, inputs[0])):
+        yield counts
+
+
+def _thresholds(quantiles: Mapping[str, Quantiles], shares: Mapping[str, float]) -> dict[str, float]:
+    return {name: quantiles[name].threshold(share) for name, share in shares.items()}
+
+
+def _greedy_shares(
+    walk: LayerWalk, place: int, linears: Mapping[str, nn.Linear], quantiles: Mapping[str, Quantiles], share: float
+) -> dict[str, float]:
+    """Step by step, the linear gets more zeros for which the layer's output moves least on the first batch."""
+    sizes = {name: linear.weight.numel() for name, linear in linears.items()}
+    total, shares = sum(sizes.values()), dict.fromkeys(linears, 0.0)
+    state, dense = walk.states[0], walk.call(place, 0, walk.states[0])
+
+    def error(shares: Mapping[str, float]) -> float:
+        with sparse_inputs(linears, _thresholds(quantiles, shares)):
+            return (walk.call(place, 0, state) - dense).float().norm().item()
+
+    # The same number of multiplications is saved whichever linear it is.
+    missing = share * total
+    while missing > 1e-9 * total:
+        step = min(STEP * total, missing)
+        raised = [shares | {name: shares[name] + step / sizes[name]} for name in linears]
+        possible = [choice for choice in raised if max(choice.values()) <= 1]
+        if not possible:
+            break
+        shares = min(possible, key=error)
+        missing -= step
+    return shares
+
+
+def _bins(values: Tensor) -> Tensor:
+    """The leading bits of |x| in float32, which are in the order of |x|."""
+    return (values.detach().abs().float().contiguous().view(torch.int32).flatten() >> BITS_DROPPED).long()
+
+
+def _lower_edge(number: int) -> float:
+    return torch.tensor([number << BITS_DROPPED], dtype=torch.int32).view(torch.float32).item()
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sparse_inputs(linears: Mapping[str, nn.Linear], thresholds: Mapping[str, float]) -> Iterator[None]:
+    """While open, inputs of the linears that are below their thresholds count as zero."""
+    with _hooked({name: linears[name] for name in thresholds}, lambda name: _below_is_zero(thresholds[name])):
+        yield
+
+
+def _below_is_zero(threshold: float) -> Callable:
+    return lambda _, inputs: (inputs[0] * (inputs[0].abs() >= threshold), *inputs[1:])
+
+
+def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
+    """Make a loaded model's activations sparse by a file of thresholds; the function returned switches it off again.
+
+    Raises `UserError` when the file is none, or names a linear that the model does not have.
+    """
+    thresholds = read_thresholds(path)
+    as_linears_(model)
+    modules = dict(model.named_modules())
+    if missing := [name for name in thresholds if not isinstance(modules.get(name), nn.Linear)]:
+        raise UserError(
+            f"{path}: {missing[0]} is no linear of this {type(model).__name__}; thresholds of another model?"
+        )
+    handles = [
+        modules[name].register_forward_pre_hook(_below_is_zero(threshold)) for name, threshold in thresholds.items()
+    ]
+    return lambda: [handle.remove() for handle in handles] and None
+
+
+def read_thresholds(path: Path | str) -> dict[str, float]:
+    """Name of a linear -> its threshold; raises `UserError` when the file is none of ours."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert record["format"] == FORMAT
+        return {name: float(linear["threshold"]) for name, linear in record["linears"].items()}
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{path}: not a file of activation thresholds ({FORMAT!r}); make it again") from None
+
+
+@contextmanager
+def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], Callable]) -> Iterator[None]:
+    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

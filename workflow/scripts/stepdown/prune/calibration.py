@@ -1,0 +1,65 @@
+"""What the inputs of every linear weigh on calibration text."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cli import log
+from ..errors import UserError
+from ..files import check_length
+from ..models.checkpoint import load_tensors
+from ..models.decoder import Decoder, LayerWalk
+from ..models.tier_maps import TierMap
+from ..text import calibration_windows, describe, parse_text
+from .statistics import accumulating_squares
+
+
+def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
+    """The windows a command line asks for (`cli.add_calibration_arguments`), int64 [samples, tokens], and what they are
+    in words and numbers for a report."""
+    from transformers import AutoTokenizer
+
+    text = parse_text(arguments.text)
+    check_length("--sequence-length", arguments.sequence_length, arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
+    numbers = {key: getattr(arguments, key) for key in ("samples", "sequence_length", "seed")}
+    return windows, {"text": describe(text, "train"), **numbers}
+
+
+def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Per linear, the mean over samples of the squared inputs summed over a sample's tokens: float32 [in].
+
+    s_j = 1/n * sum over n samples of sum over tokens of x_j^2 (Wanda's scaler_row). windows: int64 [samples, tokens].
+    A linear that saw no token, such as an expert that none was routed to, gets ones: Wanda is then magnitude.
+    Raises `UserError` naming the linear whose inputs are not finite.
+    """
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    name_of = {module: name for name, module in decoder.linears().items()}
+    norms = {}
+    for _, layer, replay in walk.layers("calibrate"):
+        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
+        with accumulating_squares(linears) as sums:
+            replay()
+        for name, linear in linears.items():
+            if name not in sums:
+                log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
+                sums[name] = torch.full((linear.in_features,), float(len(windows)))
+            if not sums[name].isfinite().all():
+                raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
+            norms[name] = (sums[name] / len(windows)).cpu()
+    return norms
+
+
+def read_norms(path: Path | str, tier_map: TierMap) -> dict[str, Tensor]:
+    """What calibrate wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
+    norms, metadata = load_tensors(path)
+    if metadata.get("base_model") != tier_map.base_model:
+        raise UserError(f"{path}: calibration of another model; give what calibrate.py wrote for this one")
+    for name, (_, columns) in tier_map.shapes.items():
+        if name not in norms or norms[name].shape != (columns,):
+            found = list(norms[name].shape) if name in norms else None
+            raise UserError(f"{path}: {name}: {found} norms found, [{columns}] expected; calibrate this model again")
+    return norms

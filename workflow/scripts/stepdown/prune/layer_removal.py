@@ -1,0 +1,210 @@
+"""ShortGPT: whole decoder layers go, those the model misses least (Men et al. 2024); and how others choose them.
+
+What is left is an ordinary checkpoint of the same family with fewer layers.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from ..cli import progress
+from ..errors import UserError
+from ..measure.perplexity import perplexity
+from ..models.checkpoint import load_tensors, save_tensors, shard_of, write_checkpoint
+from ..models.decoder import Decoder, LayerWalk
+from ..models.linears import as_linears_
+from ..plan.compressions import check_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Lists in a config that hold numbers of layers; other lists of as many entries as layers have one for each.
+NUMBERS_OF_LAYERS = ("mlp_only_layers",)
+
+
+# --- which layers go -------------------------------------------------------------------------------------------------
+
+
+def choose_layers(
+    decoder: Decoder, windows: Tensor, batch_size: int, count: int, removal: str
+) -> tuple[list[int], list[float]]:
+    """The `count` layers that go, ascending, and the scores they were chosen by.
+
+    windows: int64 [samples, tokens]; removal: one of `compressions.REMOVALS`. Scores are one per layer, lowest first
+    to go, but of `angular` one per run of `count` layers, by its first. Raises `UserError` when none would stay.
+    """
+    check_layers(count, len(decoder.layers), decoder.checkpoint.folder)
+    if removal == "angular":
+        scores = angular_distance(decoder, windows, batch_size, count)
+        _check_finite(decoder, scores, removal)
+        first = int(scores.argmin())
+        return list(range(first, first + count)), scores.tolist()
+    measure: dict[str, Callable[..., Tensor]] = {
+        "block_influence": block_influence,
+        "gradient": taylor_importance,
+        "perplexity": perplexity_without,
+    }
+    scores = measure[removal](decoder, windows, batch_size)
+    _check_finite(decoder, scores, removal)
+    return sorted(scores.argsort(stable=True)[:count].tolist()), scores.tolist()
+
+
+def _check_finite(decoder: Decoder, scores: Tensor, removal: str) -> None:
+    if not scores.isfinite().all():
+        layer = int(scores.isfinite().int().argmin())
+        raise UserError(f"{decoder.checkpoint.folder}: {removal} of layer {layer} is no number; is a weight NaN?")
+
+
+@torch.no_grad()
+def block_influence(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
+    """1 - mean over tokens of the cosine between a layer's input and output: float64 [layers]."""
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    influence = []
+    for _, _, replay in walk.layers("block influence"):
+        before = list(walk.states)
+        replay()
+        influence.append(1 - _mean_cosine(before, walk.states))
+    return torch.tensor(influence, dtype=torch.float64)
+
+
+@torch.no_grad()
+def angular_distance(decoder: Decoder, windows: Tensor, batch_size: int, count: int) -> Tensor:
+    """Angle / pi between the input of a run of `count` layers and its output, at the last token of a window, mean over
+    windows: float64 [layers - count + 1] (Gromov et al. 2024, equation 2)."""
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    last = [torch.cat([state[:, -1] for state in walk.states]).double()]
+    for _, _, replay in walk.layers("angular distance"):
+        replay()
+        last.append(torch.cat([state[:, -1] for state in walk.states]).double())
+    cosines = [cosine_similarity(last[place], last[place + count], dim=-1) for place in range(len(last) - count)]
+    return torch.stack([cosine.clamp(-1, 1).arccos().mean() / torch.pi for cosine in cosines]).cpu()
+
+
+def perplexity_without(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
+    """Perplexity on the windows of the model without each of its layers: float64 [layers] (Kim et al. 2024)."""
+    layers = progress(range(len(decoder.layers)), "perplexity without a layer")
+    found = [perplexity(decoder, windows, batch_size, without={place}) for place in layers]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def taylor_importance(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
+    """Sum of |w * dL/dw| over the weights of a layer's linears, L the loss on the windows: float64 [layers] (Kim et al.
+    2024). The states before each layer wait on disk for the way back, so that one layer is in memory there too."""
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    importance = []
+    with TemporaryDirectory() as waiting:
+        for name, _, replay in walk.layers("forward"):
+            states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
+            save_tensors(states, Path(waiting) / f"{name}.safetensors", {})
+            replay()
+        gradients = list(walk.loss_gradients())
+        for name, layer, _ in walk.layers("backward", backwards=True):
+            states, _ = load_tensors(Path(waiting) / f"{name}.safetensors")
+            place = int(name.rpartition(".")[2])
+            outputs = (
+                (state, lambda state, n=n, place=place: walk.call(place, n, state))
+                for n, state in _numbered(states, decoder)
+            )
+            importance.insert(0, _backward(layer, outputs, gradients))
+    return torch.tensor(importance, dtype=torch.float64)
+
+
+def _numbered(states: dict[str, Tensor], decoder: Decoder) -> Iterator[tuple[int, Tensor]]:
+    for number in range(len(states)):
+        yield number, states[str(number)].to(decoder.device)
+
+
+def _backward(layer: nn.Module, batches: Iterator[tuple[Tensor, Callable]], gradients: list[Tensor]) -> float:
+    """Importance of a layer; the gradients by its outputs, one per batch, become those by its inputs."""
+    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    for number, (state, forward) in enumerate(batches):
+        state.requires_grad_()
+        found = torch.autograd.grad(forward(state), [state, *weights], gradients[number], allow_unused=True)
+        gradients[number] = found[0]
+        for total, gradient in zip(sums, found[1:], strict=True):
+            if gradient is not None:
+                total += gradient
+    products = ((weight.detach() * total).abs().sum() for weight, total in zip(weights, sums, strict=True))
+    return float(sum(products)) / len(gradients)
+
+
+def _mean_cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Over all tokens of all batches, [sequences, tokens, hidden] each."""
+    cosines = [cosine_similarity(*pair, dim=-1) for pair in zip(_doubles(before), _doubles(after), strict=True)]
+    return torch.cat([cosine.flatten() for cosine in cosines]).mean().item()
+
+
+def _doubles(states: Sequence[Tensor]) -> Iterator[Tensor]:
+    return (state.double() for state in states)
+
+
+# --- the shorter model -----------------------------------------------------------------------------------------------
+
+
+def write_without_layers(decoder: Decoder, removed: Sequence[int], target: Path, identity: dict[str, str]) -> None:
+    """Write the checkpoint without the layers numbered `removed`; the others close up, in the weights as in the config.
+
+    Raises `UserError` where layers cannot be renumbered, as what a layer is follows from its number.
+    """
+    checkpoint, count = decoder.checkpoint, len(decoder.layers)
+    kept = [number for number in range(count) if number not in set(removed)]
+    config = shorter_config(decoder.model.config, kept, count)
+    _check_renumbered(decoder, config, kept)
+    first = next(name for name in decoder.stored if name.startswith(f"{decoder.layers_name}."))
+    stored_layers = shard_of(decoder.stored[first]).rpartition(".")[0]
+
+    def renumbered(name: str) -> str | None:
+        found = re.fullmatch(rf"({re.escape(stored_layers)})\.(\d+)(.*)", name)
+        if not found:
+            return name
+        return f"{found[1]}.{kept.index(int(found[2]))}{found[3]}" if int(found[2]) in kept else None
+
+    def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for shard, names in progress(checkpoint.shards().items(), "write"):
+            if renumbered(shard):
+                yield (
+                    renumbered(shard),
+                    {renumbered(name): tensor for name, tensor in checkpoint.tensors(names).items()},
+                )
+
+    transposed = filter(None, map(renumbered, checkpoint.transposed))
+    texts = {"config.json": config.to_json_string()}
+    write_checkpoint(checkpoint.folder, target, shards(), identity, transposed, texts)
+
+
+def shorter_config(config: "PretrainedConfig", kept: Sequence[int], count: int) -> "PretrainedConfig":
+    """The config of a model of which the layers `kept` of `count` stay; lists with an entry per layer included."""
+    shorter = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if name in NUMBERS_OF_LAYERS and value:
+            setattr(shorter, name, [kept.index(number) for number in value if number in kept])
+        elif isinstance(value, list) and "layer" in name and len(value) == count:
+            setattr(shorter, name, [value[number] for number in kept])
+    shorter.num_hidden_layers = len(kept)
+    return shorter
+
+
+def _check_renumbered(decoder: Decoder, config: "PretrainedConfig", kept: Sequence[int]) -> None:
+    """A layer must be built the same under its new number."""
+    with torch.device("meta"):
+        model = type(decoder.model)(config)
+    as_linears_(model)
+    layers = model.get_submodule(decoder.layers_name)
+    for number, layer in zip(kept, layers, strict=True):
+        if _shapes(layer) != _shapes(decoder.layers[number]):
+            raise UserError(
+                f"{decoder.checkpoint.folder}: layer {number} would be another kind of layer under its new number; "
+                f"remove layers so that the kinds of {config.model_type} stay in step, or choose another method"
+            )
+
+
+def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in layer.state_dict().items()}

@@ -1,0 +1,237 @@
+"""SliceGPT: the residual loses the directions in which it varies least (Ashkboos et al. 2024).
+
+An RMSNorm commutes with a rotation of its input: with the norms' weights fused into the matrices that read them, the
+residual may be turned into any basis Q that the matrices writing to it and reading from it are turned into as well. In
+that of its principal components on calibration text the last ones are cut off: W_in <- W_in diag(gamma) Q, W_out <-
+Q' W_out, Q cut to its first columns. Each basis is found on what the layers sliced before make of the text, and a
+shortcut matrix Q_before' Q_after turns the residual from one into the next.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from ..cli import progress
+from ..errors import UserError
+from ..models.checkpoint import load_tensors, save_tensors, write_checkpoint
+from ..models.decoder import Decoder, LayerWalk, load_module
+from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
+from ..plan.compressions import check_sliceable
+
+
+def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
+    """The width that is left when `ratio` of it goes, rounded down to a multiple of `round_to`; 0 leaves all of it."""
+    if round_to < 1:
+        raise UserError(f"round_to: found {round_to}; write a whole number such as 8")
+    width = int(full_width * (1 - ratio))
+    width = width - width % round_to if ratio else full_width
+    if width < 1:
+        raise UserError(
+            f"slicegpt-{float(ratio):g}: leaves nothing of {full_width} in multiples of {round_to}; slice less"
+        )
+    return width
+
+
+@torch.no_grad()
+def slice_checkpoint(
+    decoder: Decoder, windows: Tensor, batch_size: int, width: int, target: Path, identity: dict[str, str]
+) -> None:
+    """Write the model with its residual cut to `width`; one layer and the states of all windows are in memory.
+
+    windows: int64 [samples, tokens]. Raises `UserError` for a family that cannot be rotated.
+    """
+    config = decoder.model.config
+    check_sliceable(config.model_type, config.to_dict(), decoder.checkpoint.folder)
+    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    centre = centring(decoder)
+    _turn_states(walk, centre)
+    first = principal_directions(walk, width)
+    _turn_states(walk, first)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Layers wait on disk until the last basis is known: the whole checkpoint is written or nothing.
+    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+        last, files = first, {}
+        for name, layer, replay in walk.layers("slice"):
+            last = slice_layer_(walk, layer, replay, centre, last)
+            tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in layer.state_dict().items()}
+            files[name] = Path(waiting) / f"{name}.safetensors"
+            save_tensors(tensors, files[name], {})
+
+        def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+            for name, file in progress(files.items(), "write"):
+                yield name, load_tensors(file)[0]
+            yield "rest", _around_layers(decoder, centre, first, last)
+
+        write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
+
+
+def slice_layer_(
+    walk: LayerWalk, layer: nn.Module, replay: Callable[..., None], centre: Tensor, before: Tensor
+) -> Tensor:
+    """Slice a loaded layer whose inputs, `walk.states`, are in the basis `before` [full width, width].
+
+    Its outputs take the place of the states, in the basis that is returned; centre: see `centring`.
+    """
+    form, width = form_of(walk.decoder.model), before.shape[1]
+    norms = {name: layer.get_submodule(name) for name in (form.attention_norm, form.mlp_norm)}
+    attention, mlp = layer.get_submodule(form.attention_writer), layer.get_submodule(form.mlp_writer)
+    as_sliced_layer_(layer, form, len(centre), width)
+    for name in form.attention_readers:
+        read_in_(layer.get_submodule(name), norms[form.attention_norm], before)
+    # What is written stays as wide as it was until the basis it goes to is known.
+    write_in_(attention, centre)
+    _set_shortcut(layer, "attention_shortcut", before.T)
+    _set_shortcut(layer, "mlp_shortcut", torch.eye(len(centre), dtype=torch.float64, device=centre.device))
+    with summing_covariance(layer.get_submodule(form.mlp_norm), centre) as covariance:
+        replay(advance=False)
+    middle = _directions(covariance, width)
+    write_in_(attention, middle)
+    _set_shortcut(layer, "attention_shortcut", before.T @ middle)
+    for name in form.mlp_readers:
+        read_in_(layer.get_submodule(name), norms[form.mlp_norm], middle)
+    write_in_(mlp, centre)
+    _set_shortcut(layer, "mlp_shortcut", middle.T)
+    replay()
+    after = principal_directions(walk, width)
+    write_in_(mlp, after)
+    _set_shortcut(layer, "mlp_shortcut", middle.T @ after)
+    _turn_states(walk, after)
+    return after
+
+
+# --- rotations -------------------------------------------------------------------------------------------------------
+
+
+def centring(decoder: Decoder) -> Tensor:
+    """What a LayerNorm does to its inputs before it divides, I - 11'/n; an RMSNorm does nothing: float64 [n, n].
+
+    Written into what writes to the residual, it makes the one norm the other.
+    """
+    model, width = decoder.model, decoder.model.config.hidden_size
+    identity = torch.eye(width, dtype=torch.float64, device=decoder.device)
+    return (
+        identity - 1 / width if isinstance(model.get_submodule(form_of(model).final_norm), nn.LayerNorm) else identity
+    )
+
+
+def read_in_(linear: nn.Linear, norm: nn.Module, basis: Tensor) -> None:
+    """Let a linear read from `basis` [full width, width] what it read from a norm, whose weights it takes over."""
+    weight, shift = linear.weight.double(), getattr(norm, "bias", None)
+    if shift is not None:
+        bias = weight @ shift.double() + (0 if linear.bias is None else linear.bias.double())
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype))
+    scaled = weight if norm.weight is None else weight * norm.weight.double()
+    linear.weight = nn.Parameter((scaled @ basis).to(linear.weight.dtype))
+    linear.in_features = basis.shape[1]
+
+
+def write_in_(module: nn.Linear | nn.Embedding, basis: Tensor) -> None:
+    """Let a linear or an embedding write in `basis` [full width, width] what it wrote to the residual."""
+    dtype = module.weight.dtype
+    if isinstance(module, nn.Embedding):
+        module.weight = nn.Parameter((module.weight.double() @ basis).to(dtype))
+        return
+    module.weight = nn.Parameter((basis.T @ module.weight.double()).to(dtype))
+    module.out_features = basis.shape[1]
+    if module.bias is not None:
+        module.bias = nn.Parameter((module.bias.double() @ basis).to(dtype))
+
+
+def principal_directions(walk: LayerWalk, width: int) -> Tensor:
+    """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
+    return _directions(sum(_squares(state.to(walk.decoder.device)) for state in walk.states), width)
+
+
+@contextmanager
+def summing_covariance(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
+    """While open, sums x x' over all tokens x the module is given, in a matrix as large as `like`."""
+    covariance = torch.zeros_like(like)
+
+    def add(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        covariance.add_(_squares(inputs[0]))
+
+    handle = module.register_forward_pre_hook(add)
+    try:
+        yield covariance
+    finally:
+        handle.remove()
+
+
+def _squares(states: Tensor) -> Tensor:
+    tokens = states.flatten(0, -2).double()
+    return tokens.T @ tokens
+
+
+def _directions(covariance: Tensor, width: int) -> Tensor:
+    if not covariance.isfinite().all():
+        raise UserError("slicegpt: a state on the calibration text is NaN or infinite; so must a weight be")
+    return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].contiguous()
+
+
+def _turn_states(walk: LayerWalk, matrix: Tensor) -> None:
+    for number, state in enumerate(walk.states):
+        walk.states[number] = (state.to(matrix.device).double() @ matrix).to(state)
+
+
+def _set_shortcut(layer: nn.Module, name: str, matrix: Tensor) -> None:
+    dtype = getattr(layer, name).dtype
+    setattr(layer, name, nn.Parameter(matrix.to(dtype).contiguous()))
+
+
+# --- what is not a decoder layer -------------------------------------------------------------------------------------
+
+
+def _around_layers(decoder: Decoder, centre: Tensor, first: Tensor, last: Tensor) -> dict[str, Tensor]:
+    """Embeddings in the basis `first`, the head in that of the last layer's outputs; anything else as it was."""
+    model, form = decoder.model, form_of(decoder.model)
+    loaded = {name: model.get_submodule(name) for name in {*form.embeddings, form.final_norm, form.head}}
+    for name, module in loaded.items():
+        load_module(decoder, module, name)
+    norm = loaded.pop(form.final_norm)
+    tensors = {}
+    if form.tied:
+        tensors = _tied(form, loaded.pop(form.tied).weight.double(), norm, centre, first, last)
+        loaded.pop(form.head)
+    else:
+        read_in_(loaded[form.head], norm, last)
+    for name in loaded.keys() - {form.head}:
+        write_in_(loaded[name], centre @ first)
+    tensors |= {f"{name}.{key}": part for name, module in loaded.items() for key, part in module.state_dict().items()}
+    done = tuple(f"{name}." for name in (decoder.layers_name, form.final_norm, form.head, *form.embeddings))
+    for own, stored in decoder.stored.items():
+        if not own.startswith(done) and own not in model.all_tied_weights_keys:
+            tensors[own] = decoder.checkpoint.tensors([stored])[stored]
+    return {name: tensor.cpu().to(decoder.dtype) for name, tensor in tensors.items()}
+
+
+def _tied(
+    form: Form, embedding: Tensor, norm: nn.Module, centre: Tensor, first: Tensor, last: Tensor
+) -> dict[str, Tensor]:
+    """The embedding E in the basis `first` and, so that the head can share it, the matrix after the final norm.
+
+    T = E Q_first stands for both; the head's E diag(gamma) Q_last is T M with the M of least squares, exact where
+    nothing is cut off. The centring C that a LayerNorm asks for is no part of T: Q' C Q follows it.
+    """
+    table = embedding @ first
+    gram = torch.linalg.cholesky(table.T @ table)
+    scaled = embedding if norm.weight is None else embedding * norm.weight.double()
+    tensors = {f"{form.tied}.weight": table}
+    tensors[f"{form.final_norm}.1.weight"] = torch.cholesky_solve(table.T @ (scaled @ last), gram)
+    if getattr(norm, "bias", None) is not None:
+        shift = embedding @ norm.bias.double()
+        tensors[f"{form.final_norm}.1.bias"] = torch.cholesky_solve((table.T @ shift)[:, None], gram)[:, 0]
+    if form.centring:
+        tensors[f"{form.centring}.weight"] = first.T @ centre @ first
+    return tensors
+
+
+def _texts(decoder: Decoder, width: int) -> dict[str, str]:
+    """What says that the model is sliced, and how."""
+    slicing = {"format": FORMAT, "full_width": decoder.model.config.hidden_size, "width": width}
+    return {FILE_NAME: json.dumps(slicing, indent=2) + "\n"}

@@ -1,0 +1,96 @@
+"""LoRA (Hu et al. 2021) under a mask: it is masked while it trains, so that what is merged is what was trained."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..models.checkpoint import save_tensors
+
+ALL_LINEAR = "all-linear"
+
+
+class MaskedLoraLinear(lora.Linear):
+    """A linear whose adapter is masked while it trains: y = x (W + keep * scaling B A)^T + bias.
+
+    What is merged is therefore what was trained, to the bit, and a pruned weight is never anything but zero.
+    W: [out, in], A: [rank, in], B: [out, rank]. The price of a mask is that B A is formed in every step: a step takes
+    the time of full finetuning, and saves the optimizer's memory. Dropout acts on the adapter's input.
+    """
+
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.register_buffer("keep", None, persistent=False)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to W, [out, in]; peft's own merge asks for it here too."""
+        # Under autocast B A would be rounded to bf16 while training, and not when merged.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = super().get_delta_weight(adapter)
+            return delta if self.keep is None else delta * self.keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        (adapter,) = self.active_adapters
+        delta = self.get_delta_weight(adapter)
+        dropout = self.lora_dropout[adapter]
+        if self.training and not isinstance(dropout, nn.Identity):
+            return self.base_layer(x) + F.linear(dropout(x), delta)
+        return F.linear(x, self.weight + delta, self.bias)
+
+
+def add_masked_adapter(
+    model: PreTrainedModel,
+    keep_masks: Mapping[str, Tensor],
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+) -> peft.PeftModel:
+    """The model with a masked adapter on each linear that `targets` name; only the adapters train.
+
+    Raises UserError for a target that matches none of the masked linears.
+    """
+    targets = match_targets(list(keep_masks), targets)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=peft.TaskType.CAUSAL_LM
+    )
+    config._register_custom_module({nn.Linear: MaskedLoraLinear})
+    adapted = peft.get_peft_model(model, config)
+    for name in targets:
+        if not keep_masks[name].all():
+            # get_peft_model has put the adapters into the model it was given.
+            model.get_submodule(name).keep = keep_masks[name]
+    return adapted
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """Write the adapter as peft reads it. It counts only under the mask: where the model it belongs to is not zero."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = None  # Where it lay while it was trained is nobody's business.
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    save_tensors(peft.get_peft_model_state_dict(model), folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def match_targets(linears: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """The linears that end in one of the targets (whole parts of a name, such as `q_proj` or `mlp.down_proj`)."""
+    matched: set[str] = set()
+    for target in targets:
+        found = {name for name in linears if target == ALL_LINEAR or f".{name}".endswith(f".{target}")}
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise UserError(
+                f"recovery: lora_targets: {target!r} matches no pruned linear; there are {known}, or {ALL_LINEAR}"
+            )
+        matched |= found
+    return [name for name in linears if name in matched]

@@ -1,0 +1,61 @@
+"""One training in several processes: started together, ended together, and an error told as if there were only one."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from ..errors import UserError
+
+
+def check_processes(count: int, device: str) -> None:
+    """Raises UserError for more processes than there are devices: GPUs on `cuda`, cores on `cpu`."""
+    devices = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    if count > devices:
+        kind = "GPUs" if device == "cuda" else "cores"
+        raise UserError(f"recovery: processes is {count}: there are {devices} {kind} here, give at most that")
+
+
+def run_in_processes(function: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Call `function(*arguments)` in `count` processes that torch.distributed and accelerate know of each other.
+
+    With one, in this process. A mistake or system error of any is raised here as a UserError; when one fails, or this
+    one dies, all of them end.
+    """
+    if count == 1:
+        function(*arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    errors = multiprocessing.get_context("spawn").SimpleQueue()
+    threads = max(1, torch.get_num_threads() // count)
+    try:
+        multiprocessing.spawn(_work, (count, port, threads, errors, function, arguments), nprocs=count)
+    except (ProcessExitedException, ProcessRaisedException):
+        if errors.empty():
+            raise
+        raise UserError(errors.get()) from None
+
+
+def _work(rank: int, count: int, port: int, threads: int, errors: Any, function: Callable, arguments: tuple) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    torch.set_num_threads(threads)
+    try:
+        function(*arguments)
+    except (UserError, OSError) as error:
+        errors.put(str(error))
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files, as the only one is."""
+    return os.environ.get("RANK", "0") == "0"

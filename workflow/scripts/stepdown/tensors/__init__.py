@@ -1,0 +1,1 @@
+"""One matrix at a time: blocks, masks, tiers, patterns, saliency, the solvers."""
