@@ -151,6 +151,16 @@ def test_kernels_are_built_once(monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "stepdown").iterdir()] == [first.name]
 
 
+def test_without_a_home_kernels_are_kept_for_the_process(monkeypatch):
+    """As in a container that runs as a number."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    folder = cpu.cache_folder()
+    assert folder.is_dir() and folder.name.startswith("stepdown-")
+    folder.rmdir()
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see which libraries are loaded")
 def test_kernels_share_the_threads_of_torch():
     available("avx2")

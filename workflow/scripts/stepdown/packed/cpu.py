@@ -115,11 +115,11 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept: below $XDG_CACHE_HOME or ~/.cache; for this process only if that is read-only."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepdown"
+    """Where built kernels are kept: below $XDG_CACHE_HOME or ~/.cache; where neither can be, for this process."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepdown"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # read-only, or a user without a home
         return Path(tempfile.mkdtemp(prefix="stepdown-"))
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="stepdown-"))
 
