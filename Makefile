@@ -1,8 +1,8 @@
-# make setup | run | test | test-slow | lint | bench: each installs what it needs first, into .venv.
+# make setup | run | test | test-slow | lint | wheel | bench: each installs what it needs first, into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup run test test-slow lint bench
+.PHONY: setup run test test-slow test-conda lint wheel bench
 
 setup: .venv/ready
 
@@ -28,11 +28,20 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# The tiny configuration of .test with every rule in the conda environment it names: the one target that needs `conda`,
+# and runs the snakemake that is on the path, so that it can be that of workflow/envs/workflow.yaml.
+test-conda:
+	snakemake --directory .test --use-conda --cores 2
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
+
+# dist/ gets the sdist and the wheel of the package `stepdown`.
+wheel: setup
+	$(BIN)/python -m build
 
 bench: setup
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done

@@ -16,14 +16,11 @@ import torch
 from families import FAMILIES, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from three_tiers import prune_blocks_, tiers_by_shares
+from three_tiers import pack_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stepdown
 from stepdown.errors import UserError
-from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
-from stepdown.models.decoder import open_decoder
-from stepdown.models.tier_maps import dense_tier_map, write_tier_map
 from stepdown.packed.folder import read_index, read_shard, sha256, write_packed
 from stepdown.packed.format import unpack
 from stepdown.packed.linear import ThreeTierLinear
@@ -31,32 +28,6 @@ from stepdown.packed.model import load_packed
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "resources/pydoc-llama"
-SHARES = ("0.35", "0.45", "0.20")
-
-
-def prune_by_magnitude(model, folder):
-    """A checkpoint of a model with random tiers at the default schedule's last shares, and its map."""
-    decoder = open_decoder(model)
-    checkpoint = decoder.checkpoint
-    shapes = {name: checkpoint.shape(f"{name}.weight") for name in decoder.linears()}
-    identity = checkpoint.identity()
-    tier_map = dense_tier_map(shapes, 16, 10, identity["base_model"])
-    tier_map = tier_map.with_tiers({name: tiers_by_shares(shape, SHARES) for name, shape in shapes.items()})
-
-    def prune(shard):
-        for name in (key.removesuffix(".weight") for key in shard):
-            if name in shapes:
-                prune_blocks_(shard[f"{name}.weight"], tier_map.tiers[name], 10)
-
-    rewrite_checkpoint(checkpoint, folder / "model", prune, identity)
-    write_tier_map(tier_map, folder / "tier_map.safetensors")
-    return Checkpoint(folder / "model"), tier_map
-
-
-def pack_model(model, folder):
-    checkpoint, tier_map = prune_by_magnitude(model, folder)
-    share = write_packed(checkpoint, tier_map, folder / "tier_map.safetensors", folder / "packed")
-    return checkpoint, tier_map, share
 
 
 def unpacked(folder):

@@ -5,9 +5,12 @@
 
 import importlib
 
+# `__init__.pyi` says the same to type checkers.
+HOMES = {"load_packed": "stepdown.packed.model", "__version__": "stepdown.version"}
+
 
 def __getattr__(name: str) -> object:
     # Looked up when asked for, and by name: every script imports this file, and most need no torch and none of this.
-    if name == "load_packed":
-        return importlib.import_module("stepdown.packed.model").load_packed
+    if name in HOMES:
+        return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ from .folder import checkpoint_names, read_index, read_shard
 from .format import PackedMatrix
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
 
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
 
-def load_packed(folder: Path | str, kernel: str = "auto", device: str = "auto", trust_remote_code: bool = False):
+    class CausalLanguageModel(PreTrainedModel, GenerationMixin):
+        """What the causal language models of transformers are: both, though no class of theirs says so."""
+
+
+def load_packed(
+    folder: Path | str, kernel: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> "CausalLanguageModel":
     """The Hugging Face model of a packed folder, in bf16 and ready to run, its linears `ThreeTierLinear`.
 
     kernel: `auto` (the log says which it came to), `avx512`, `avx2`, `triton`, or `torch` (unpacked weights). The head
