@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from stepdown.errors import UserError
-from stepdown.report import figures, summary
+from stepdown.report import curves, figures, summary, tier_pictures
+from stepdown.report.drawing import as_svg, style
+from stepdown.report.steps import TIERS, read_results
 
 SCRIPTS = Path(__file__).parents[2] / "workflow/scripts"
 CAPTIONS = Path(__file__).parents[2] / "workflow/report"
@@ -55,7 +57,7 @@ def make_step(folder, step, shares, epochs, texts, grid):
         "perplexity": dict.fromkeys(texts, perplexity),
         "pruning": {"method": "wanda", "pattern": "three-tier", "layers": "uniform"},
         "sparsity": {"overall": sparsity},
-        "tier_shares": dict(zip(summary.TIERS, shares, strict=True)),
+        "tier_shares": dict(zip(TIERS, shares, strict=True)),
     }
     write(place / "eval.json", record | {"finetuning": {"method": "full", "epochs": epochs, "tokens": epochs * TOKENS}})
     if step != "iter0":
@@ -80,23 +82,28 @@ def edit(path, change):
 
 
 def run_script(script, files, *options):
-    command = [sys.executable, SCRIPTS / script, "--evals", *files["evals"], "--training", *files["training"], *options]
+    command = [sys.executable, SCRIPTS / script, "--evals", *files["evals"], *options]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True)
 
 
 def read(files):
-    return summary.read_steps(files["evals"], files["training"])
+    """The results, once the training logs are known to belong to them."""
+    results = read_results(files["evals"])
+    curves.read_curves(files["training"], *results.values())
+    return results
 
 
 def drawn(files):
     """Every figure of a run as SVG."""
-    steps = read(files)
-    with figures.style():
+    results = read_results(files["evals"])
+    steps = next(iter(results.values()))
+    maps = tier_pictures.read_tier_maps(files["tier_maps"], steps.index)
+    with style():
         return {
-            "perplexity": figures.as_svg(figures.perplexity(steps)),
-            "tier_shares": figures.as_svg(figures.tier_shares(steps)),
-            "tier_maps": figures.as_svg(figures.tier_maps(*figures.read_tier_maps(files["tier_maps"], steps))),
-            "training": figures.as_svg(figures.training(steps)),
+            "perplexity": as_svg(figures.perplexity(results)),
+            "tier_shares": as_svg(figures.tier_shares(steps)),
+            "tier_maps": as_svg(tier_pictures.tier_maps(*maps)),
+            "training": as_svg(curves.training(steps, curves.read_curves(files["training"], steps))),
         }
 
 
@@ -105,9 +112,9 @@ def drawn(files):
 
 def test_rows_come_in_order_with_achieved_numbers(tmp_path):
     files = make_run(tmp_path, iterations=12)
-    table = summary.rows(read(files))
-    assert [row["step"] for row in table] == ["iter0", *(f"iter{n}" for n in range(1, 13)), "oneshot/three-tier"]
-    last, one_shot = table[-2], table[-1]
+    table = summary.table(read(files))
+    assert list(table.index) == ["iter0", *(f"iter{n}" for n in range(1, 13)), "oneshot/three-tier"]
+    last, one_shot = table.iloc[-2], table.iloc[-1]
     assert (last["dense"], last["mid_2_4"], last["topk"]) == (0.5, 0.25, 0.25)
     assert last["sparsity"] == pytest.approx(0.365)
     assert last["perplexity_pydoc_pruned"] == pytest.approx(20 * 3.92)
@@ -118,7 +125,7 @@ def test_rows_come_in_order_with_achieved_numbers(tmp_path):
 
 
 def test_base_row_has_its_one_perplexity_in_both_columns(tmp_path):
-    base = summary.rows(read(make_run(tmp_path)))[0]
+    base = summary.table(read(make_run(tmp_path))).iloc[0]
     assert base["perplexity_pydoc_pruned"] == base["perplexity_pydoc_finetuned"] == BASE
     assert base["difference_percent_pydoc_finetuned"] == base["total_tokens"] == 0
 
@@ -147,29 +154,26 @@ def test_script_writes_csv_in_full_precision_and_prints_a_table_that_fits(tmp_pa
     ],
 )
 def test_verdict_names_the_lower_the_margin_and_the_budget(tmp_path, finetuned, expected):
-    steps = read(make_run(tmp_path))
-    steps[-2]["perplexity"]["pydoc"]["finetuned"] = 27.3
-    steps[-1]["perplexity"]["pydoc"]["finetuned"] = finetuned
-    assert summary.verdict(steps) == expected
+    results = read(make_run(tmp_path))
+    results["pydoc"].loc[["iter3", "oneshot/three-tier"], "finetuned"] = 27.3, finetuned
+    assert summary.verdict(results) == expected
 
 
 def test_verdict_says_when_budgets_or_sparsity_differ(tmp_path):
-    steps = read(make_run(tmp_path))
-    steps[-1]["total_tokens"] = 5
-    steps[-1]["sparsity"] = 0.5
-    steps[-1]["perplexity"]["pydoc"]["finetuned"] = 100.0
-    assert "at 24,576 vs 5 tokens, with 36.5% vs 50.0% zeros." in " ".join(summary.verdict(steps).split())
+    results = read(make_run(tmp_path))
+    results["pydoc"].loc["oneshot/three-tier", ["total_tokens", "sparsity", "finetuned"]] = 5, 0.5, 100.0
+    assert "at 24,576 vs 5 tokens, with 36.5% vs 50.0% zeros." in " ".join(summary.verdict(results).split())
 
 
 def test_without_one_shot_the_last_iteration_stands_beside_the_base(tmp_path):
-    steps = read(make_run(tmp_path, one_shots=()))
-    assert "iter3 ended 36.5% above the base model: 27.30 vs 20.00" in summary.verdict(steps)
+    results = read(make_run(tmp_path, one_shots=()))
+    assert "iter3 ended 36.5% above the base model: 27.30 vs 20.00" in summary.verdict(results)
 
 
 def test_without_finetuning_finetuned_is_pruned(tmp_path):
-    table = summary.rows(read(make_run(tmp_path, epochs=0)))
-    assert all(row["perplexity_pydoc_finetuned"] == row["perplexity_pydoc_pruned"] for row in table)
-    assert table[-1]["total_tokens"] == 0
+    table = summary.table(read(make_run(tmp_path, epochs=0)))
+    assert table.perplexity_pydoc_finetuned.equals(table.perplexity_pydoc_pruned)
+    assert table.total_tokens.iloc[-1] == 0
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -201,8 +205,9 @@ def test_a_model_that_broke_is_drawn(tmp_path):
     edit(tmp_path / "iter2/eval.json", lambda record: record["perplexity"]["pydoc"].update(pruned=math.inf))
     edit(tmp_path / "iter3/eval.json", lambda record: record["perplexity"]["pydoc"].update(finetuned=math.nan))
     drawn(files)
-    summary.as_text(read(files))
-    summary.verdict(read(files))
+    table = summary.as_text(read(files)).splitlines()
+    assert "inf" in table[4] and "inf" in table[5]
+    assert summary.verdict(read(files)).startswith("On pydoc oneshot/three-tier ended 100.0% lower than iter3")
 
 
 def test_a_block_is_a_pixel_however_large_the_map(tmp_path):
@@ -212,13 +217,13 @@ def test_a_block_is_a_pixel_however_large_the_map(tmp_path):
 
 def test_the_matrix_shown_is_the_largest_of_the_middle_layer():
     shapes = {"lm.0.fc1": (4, 9), "lm.1.q": (4, 4), "lm.1.fc2": (4, 9), "lm.1.fc1": (9, 4), "lm.2.fc1": (9, 9)}
-    assert figures.middle_matrix(shapes) == "lm.1.fc1"
-    assert figures.middle_matrix({f"h.{layer}.w": (1, 1) for layer in range(12)}) == "h.6.w"
+    assert tier_pictures.middle_matrix(shapes) == "lm.1.fc1"
+    assert tier_pictures.middle_matrix({f"h.{layer}.w": (1, 1) for layer in range(12)}) == "h.6.w"
 
 
 def test_tier_maps_follow_the_steps_not_the_command_line(tmp_path):
     files = make_run(tmp_path)
-    matrix, maps = figures.read_tier_maps(files["tier_maps"], read(files))
+    matrix, maps = tier_pictures.read_tier_maps(files["tier_maps"], read(files)["pydoc"].index)
     assert matrix == "model.layers.1.mlp.down_proj"
     assert list(maps) == ["iter0", "iter1", "iter2", "iter3", "oneshot/three-tier"]
 
@@ -232,8 +237,8 @@ def test_scripts_write_the_same_bytes_again_whatever_the_order_and_the_users_set
     for turn in ("first", "second"):
         folder = tmp_path / turn
         table = run_script("summarize.py", files, "--output", folder / "summary.csv")
-        maps = ["--tier-maps", *files["tier_maps"]]
-        plots = run_script("plot.py", files, *maps, "--output-folder", folder / "figures", "--log", folder / "log")
+        more = ["--training", *files["training"], "--tier-maps", *files["tier_maps"]]
+        plots = run_script("plot.py", files, *more, "--output-folder", folder / "figures", "--log", folder / "log")
         assert (table.returncode, plots.returncode) == (0, 0), table.stderr + plots.stderr
         assert {path.name for path in (folder / "figures").iterdir()} == {f"{name}.svg" for name in FIGURES}
         written.append([table.stdout, *(path.read_bytes() for path in sorted(folder.rglob("*.*")))])
@@ -245,7 +250,10 @@ def test_scripts_write_the_same_bytes_again_whatever_the_order_and_the_users_set
 
 def test_the_report_needs_no_torch():
     """Its environment has none."""
-    code = "import sys; from stepdown import cli; from stepdown.report import figures, summary; sys.exit('torch' in sys.modules)"
+    rooms = "comparison, curves, figures, summary, tier_pictures"
+    code = (
+        f"import sys; from stepdown import cli; from stepdown.report import {rooms}; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS).returncode == 0
 
 
@@ -255,23 +263,35 @@ def test_the_report_needs_no_torch():
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda path: path.write_text("{"), "iter2/eval.json: not JSON"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not JSON"),
-        (lambda path: write(path, []), "iter2/eval.json: has no step"),
-        (lambda path: edit(path, lambda record: record.pop("tier_shares")), "iter2/eval.json: has no tier_shares"),
-        (lambda path: edit(path, lambda record: record["sparsity"].clear()), "has no sparsity.overall"),
-        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].pop("finetuned")), "pydoc.finetuned"),
-        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(pruned=None)), "cannot be null"),
-        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(base=0)), "perplexity of 0"),
+        (lambda path: path.write_text("{"), "iter2/eval.json: not the result of evaluate.py (Expecting"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not the result of evaluate.py ('utf-8'"),
+        (lambda path: write(path, []), "iter2/eval.json: not the result of evaluate.py (list"),
+        (
+            lambda path: edit(path, lambda record: record.pop("tier_shares")),
+            "iter2/eval.json: not the result of evaluate.py (it has no tier_shares)",
+        ),
+        (lambda path: edit(path, lambda record: record["sparsity"].clear()), "it has no overall"),
+        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].pop("finetuned")), "it has no finetuned"),
+        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(pruned=None)), "not 'NoneType'"),
+        (
+            lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(base=0)),
+            "a perplexity of 0 cannot be",
+        ),
         (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(base=21.0)), "disagree"),
         (lambda path: edit(path, lambda record: record["perplexity"].clear()), "different texts"),
         (lambda path: edit(path, lambda record: record.update(model="another")), "different models"),
         (lambda path: edit(path, lambda record: record.update(step="iter1")), "a second evaluation of iter1"),
         (lambda path: edit(path, lambda record: record.update(step="iter7")), "evaluation of iter2 is missing"),
         (lambda path: edit(path, lambda record: record["finetuning"].update(tokens=1)), "differ in tokens"),
-        (lambda path: path.with_name("training.json").write_text(""), "iter2/training.json: not JSON"),
-        (lambda path: edit(path.with_name("training.json"), lambda record: record.update(log=3)), "log cannot be 3"),
-        (lambda path: edit(path.with_name("training.json"), lambda record: record.pop("steps")), "has no steps"),
+        (
+            lambda path: path.with_name("training.json").write_text(""),
+            "iter2/training.json: not the result of finetune.py",
+        ),
+        (
+            lambda path: edit(path.with_name("training.json"), lambda record: record.update(log=3)),
+            "not the result of finetune.py",
+        ),
+        (lambda path: edit(path.with_name("training.json"), lambda record: record.pop("steps")), "it has no steps"),
     ],
 )
 def test_bad_results_are_named_in_one_line(tmp_path, damage, expected):
@@ -305,7 +325,7 @@ def test_a_bad_tier_map_is_named_in_one_line(tmp_path, tensors, expected):
     bad = tmp_path / "iter2/tier_map.safetensors"
     bad.write_bytes(b"no tensors") if tensors is None else save_file(tensors, bad)
     with pytest.raises(UserError, match=expected) as error:
-        figures.read_tier_maps([tmp_path / "iter1/tier_map.safetensors", bad], read(files))
+        tier_pictures.read_tier_maps([tmp_path / "iter1/tier_map.safetensors", bad], read(files)["pydoc"].index)
     assert str(bad) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -315,7 +335,7 @@ def test_a_tier_map_elsewhere_is_named(tmp_path):
     (tmp_path / "iter9").mkdir()
     stray = files["tier_maps"][0].rename(tmp_path / "iter9/tier_map.safetensors")
     with pytest.raises(UserError, match="folder of no step"):
-        figures.read_tier_maps([stray], read(files))
+        tier_pictures.read_tier_maps([stray], read(files)["pydoc"].index)
 
 
 def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
@@ -327,7 +347,7 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
         run_script("plot.py", files, "--output-folder", tmp_path / "figures"),
     ):
         assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(r"error: .*iter2/eval\.json: not JSON .*\n", done.stderr)
+        assert re.fullmatch(r"error: .*iter2/eval\.json: not the result of evaluate\.py .*\n", done.stderr)
     assert (tmp_path / "summary.csv").read_text() == "before"
 
 

@@ -4,7 +4,6 @@
 rule summarize:
     input:
         evals=EVALS,
-        training=TRAINING,
     output:
         table=report(
             "results/summary.csv", caption="../report/summary.rst", category="Summary", labels={"what": "table"}
@@ -25,8 +24,7 @@ rule summarize:
     message:
         "the table of all steps"
     shell:
-        "python {params.script} --evals {input.evals} --training {input.training}"
-        " --output {output.table} --log {log} > {output.text}"
+        "python {params.script} --evals {input.evals} --output {output.table} --log {log} > {output.text}"
 
 
 rule plot:

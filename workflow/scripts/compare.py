@@ -5,17 +5,20 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.files import atomic_write
-from stepdown.report import comparison, figures, summary
+from stepdown.report import comparison, figures
+from stepdown.report.drawing import as_svg, style
+from stepdown.report.steps import read_results
 
 
 def main(arguments: argparse.Namespace) -> None:
-    steps = summary.read_steps(arguments.evals, [], tiers=False)
+    results = read_results(arguments.evals, tiers=False)
     tasks = comparison.read_tasks(arguments.zero_shot)
-    table = comparison.rows(steps, arguments.benchmarks, tasks, comparison.read_measurements(arguments.measurements))
-    atomic_write(arguments.output, summary.as_csv(table))
-    with figures.style():
-        atomic_write(arguments.output_figure, figures.as_svg(figures.comparison(steps)))
-    texts = [comparison.as_text(table, text) for text in steps[0]["perplexity"]]
+    measurements = comparison.read_measurements(arguments.measurements)
+    table = comparison.table(results, arguments.benchmarks, tasks, measurements)
+    atomic_write(arguments.output, table.to_csv(lineterminator="\n"))
+    with style():
+        atomic_write(arguments.output_figure, as_svg(figures.comparison(results)))
+    texts = [comparison.as_text(table, text) for text in results]
     print("\n\n".join(filter(None, [*texts, comparison.sizes_as_text(table)])))
 
 

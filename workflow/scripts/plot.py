@@ -5,21 +5,25 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.files import atomic_write
-from stepdown.report import figures, summary
+from stepdown.report import curves, figures, tier_pictures
+from stepdown.report.drawing import as_svg, style
+from stepdown.report.steps import read_results
 
 
 def main(arguments: argparse.Namespace) -> None:
-    steps = summary.read_steps(arguments.evals, arguments.training)
-    matrix, maps = figures.read_tier_maps(arguments.tier_maps, steps)
+    results = read_results(arguments.evals)
+    steps = next(iter(results.values()))
+    losses = curves.read_curves(arguments.training, steps)
+    matrix, maps = tier_pictures.read_tier_maps(arguments.tier_maps, steps.index)
     drawings = {
-        "perplexity": lambda: figures.perplexity(steps),
+        "perplexity": lambda: figures.perplexity(results),
         "tier_shares": lambda: figures.tier_shares(steps),
-        "tier_maps": lambda: figures.tier_maps(matrix, maps),
-        "training": lambda: figures.training(steps),
+        "tier_maps": lambda: tier_pictures.tier_maps(matrix, maps),
+        "training": lambda: curves.training(steps, losses),
     }
-    with figures.style():
+    with style():
         for name, draw in cli.progress(drawings.items(), "figures"):
-            atomic_write(arguments.output_folder / f"{name}.svg", figures.as_svg(draw()))
+            atomic_write(arguments.output_folder / f"{name}.svg", as_svg(draw()))
 
 
 if __name__ == "__main__":

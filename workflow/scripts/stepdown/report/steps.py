@@ -1,0 +1,121 @@
+"""What the steps of a run came to: the chain iter0, iter1, ... and the runs beside it.
+
+Results are one frame for each text the steps were evaluated on, in it a row per step, under the step's name: `path` (of
+its eval.json), `iteration` (NaN beside the chain), `model`, `method`, `pattern`, `layers`, the shares of the tiers,
+`sparsity`, `epochs`, `tokens`, `total_tokens` (since the base model), and perplexity: of the `base` model, `pruned`,
+`refitted` (NaN where that was not done), `finetuned`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import UserError
+
+BASE = "iter0"
+TIERS = ["dense", "mid_2_4", "topk"]
+MOMENTS = ["pruned", "refitted", "finetuned"]
+
+Results = dict[str, pd.DataFrame]
+
+
+def read_results(evals: Iterable[Path], tiers: bool = True) -> Results:
+    """The steps of one run in the order they are told in: base, iterations, runs beside them by name.
+
+    tiers: whether every step has shares of tiers, as the iterations have; without, nobody's are read.
+    Raises `UserError` for a file that is not what it should be, and for files that cannot be of one run.
+    """
+    steps = pd.DataFrame([_read_eval(path, tiers) for path in evals]).astype({"iteration": float})
+    steps = steps.sort_values(["iteration", "step"]).set_index("step")
+    _check_one_run(steps)
+    steps["total_tokens"] = steps.tokens.where(steps.iteration.isna(), steps.tokens.cumsum())
+    perplexity = pd.DataFrame(steps.pop("perplexity").tolist(), steps.index)
+    columns = ["base", *MOMENTS]
+    return {text: steps.join(pd.DataFrame(perplexity[text].tolist(), steps.index, columns)) for text in perplexity}
+
+
+@contextmanager
+def contents(path: Path, kind: str) -> Iterator[Any]:
+    """The JSON in a file; when something cannot be done with it, a `UserError` that the file is not of its kind."""
+    try:
+        # What is not even a number, of a model that broke, is beyond all numbers.
+        yield json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: math.inf)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not {kind} ({reason}); delete it and run again") from None
+
+
+def iteration_of(step: str) -> int | None:
+    """The place of a step in the chain, or None for a run beside it."""
+    match = re.fullmatch(r"iter(\d+)", step)
+    return int(match[1]) if match else None
+
+
+def iterations(steps: pd.DataFrame) -> pd.DataFrame:
+    """The pruned steps of the chain, in order."""
+    return steps[steps.iteration > 0]
+
+
+def one_shots(steps: pd.DataFrame) -> pd.DataFrame:
+    """The runs beside the chain, each straight from the base model."""
+    return steps[steps.iteration.isna()]
+
+
+def difference_percent(perplexity: Any, base: Any) -> Any:
+    """How far perplexities lie above, or, negative, below the base model's, in percent of it."""
+    return 100 * (perplexity / base - 1)
+
+
+def _read_eval(path: Path, tiers: bool) -> dict:
+    with contents(path, "the result of evaluate.py") as record:
+        if record["step"] == BASE:
+            record["pruning"] = {"method": "dense", "pattern": "", "layers": ""}
+            record["finetuning"] = {"epochs": 0, "tokens": 0}
+        step = {
+            "path": path,
+            "step": record["step"],
+            "iteration": iteration_of(record["step"]),
+            "model": record["model"],
+        }
+        step |= {key: record["pruning"][key] for key in ("method", "pattern", "layers")}
+        step |= {key: record["finetuning"][key] for key in ("epochs", "tokens")}
+        step |= {tier: float(record["tier_shares"][tier]) for tier in TIERS if tiers}
+        step["sparsity"] = float(record["sparsity"]["overall"])
+        step["perplexity"] = {text: _read_perplexity(found, step) for text, found in record["perplexity"].items()}
+        return step
+
+
+def _read_perplexity(found: dict, step: dict) -> dict[str, float]:
+    values = {when: float(value) for when, value in found.items()}
+    if not 0 < values["base"] < math.inf:
+        raise ValueError(f"a perplexity of {found['base']} cannot be")
+    if step["step"] == BASE:
+        values["pruned"] = values["base"]
+    if step["epochs"] == 0:  # a model that was not finetuned is the one before
+        values.setdefault("finetuned", values.get("refitted", values["pruned"]))
+    return values | {when: values[when] for when in ("pruned", "finetuned")}
+
+
+def _check_one_run(steps: pd.DataFrame) -> None:
+    """Side by side only what belongs together: one model, one set of texts, no gap in the chain."""
+    first = steps.iloc[0]
+    for step in steps[steps.index.duplicated()].itertuples():
+        raise UserError(f"{step.path}: a second evaluation of {step.Index}; give each step once")
+    for step in steps.itertuples():
+        pair = f"{step.path} and {first.path}"
+        if step.model != first.model:
+            raise UserError(f"{pair} are of different models, {step.model} and {first.model}; evaluate again")
+        if set(step.perplexity) != set(first.perplexity):
+            raise UserError(f"{pair} were evaluated on different texts; evaluate both again")
+        for text, perplexity in step.perplexity.items():
+            if not math.isclose(perplexity["base"], first.perplexity[text]["base"], rel_tol=1e-6):
+                raise UserError(f"{pair} disagree on the base model's perplexity of {text}; evaluate both again")
+    for expected, step in enumerate(iterations(steps).itertuples(), start=1):
+        if step.iteration != expected:
+            raise UserError(f"the evaluation of iter{expected} is missing, but {step.path} is there; give both")
