@@ -43,7 +43,7 @@ struct Matrix {
 // One strip's blocks of one tier.
 struct Run {
     int64_t first, count;
-    const int32_t *columns;
+    const int32_t *columns = nullptr;
 };
 
 inline Run run_of(const Matrix &m, int64_t strip, int tier) {
@@ -68,27 +68,15 @@ inline bf16 narrow(float value) {
     return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// R floats, one for each row of x.
-template <int R> struct Rows {
-    typedef float type __attribute__((vector_size(4 * R), aligned(4), may_alias));
+// R rows of x, block column by block column.
+struct Input {
+    const bf16 *x;     // [block columns][R][16]
+    const float *wide; // the same as floats, [block columns][16][R], for AVX2 alone
 };
-
-// One TopK block: its weights one by one. x_wide: the block's inputs, [16][R]; sums: [16 outputs][R].
-template <int R>
-__attribute__((always_inline)) inline void add_top_k(const bf16 *values, const uint8_t *positions, int64_t k,
-                                                     const float *x_wide, float *sums) {
-    using Row = typename Rows<R>::type;
-    for (int64_t j = 0; j < k; ++j) {
-        const Row *column = (const Row *)(x_wide + (positions[j] >> 4) * R);
-        Row *sum = (Row *)(sums + (positions[j] & 15) * R);
-        *sum += widen(values[j]) * *column;
-    }
-}
 
 // --- AVX-512 BF16 and VBMI ---------------------------------------------------------------------------------------------
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,fma,avx2")))
-
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
 
 AVX512_INLINE __m512bh as_bh(__m512i bits) { return (__m512bh)bits; }
@@ -96,20 +84,24 @@ AVX512_INLINE __m512bh as_bh(__m512i bits) { return (__m512bh)bits; }
 // What goes on in a strip: enough independent sums [chain][row of x] of 16 outputs to hide the latency of one.
 template <int R> struct Totals512 {
     static constexpr int CHAINS = std::max(1, 4 / R);
+    static constexpr bool WAITS = R <= 4; // for memory: with few rows of x
     __m512 of[CHAINS][R];
+    // TopK blocks come four at a time: few steps, which are spread among all turns.
+    static Run top_k(const Matrix &m, int64_t strip) {
+        return {m.quads_before[strip], m.quads_before[strip + 1] - m.quads_before[strip]};
+    }
+    static int64_t due(int64_t turns, int64_t all, int64_t count) { return (turns * count + all - 1) / all; }
 };
-
-// With few rows of x memory is what is waited for, with many it is not.
-constexpr bool waits_for_memory(int rows) { return rows <= 4; }
 
 // Fetch what lies some way ahead into the second-level cache: with several streams at once the processor's own
 // prefetching comes too late. The distances are measured.
 template <int R> AVX512_INLINE void fetch(const void *ahead) {
-    if constexpr (waits_for_memory(R)) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+    if constexpr (Totals512<R>::WAITS) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
 }
 
-// w: [8 pairs][16 rows][2]; x: [R][16].
-template <int R> AVX512_INLINE void add_dense(const bf16 *w, const bf16 *x, Totals512<R> &total) {
+// w: [8 pairs][16 rows][2].
+template <int R> AVX512_INLINE void add_dense(const bf16 *w, Input in, int64_t column, Totals512<R> &total) {
+    const bf16 *x = in.x + column * B * R;
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
         fetch<R>(w + 32 * pair + 512);
@@ -124,9 +116,11 @@ template <int R> AVX512_INLINE void add_dense(const bf16 *w, const bf16 *x, Tota
     }
 }
 
-// w: [4 groups][16 rows][2]; words: [4 groups]; x: [R][16].
+// w: [4 groups][16 rows][2]; words: [4 groups].
 template <int R>
-AVX512_INLINE void add_two_four(const bf16 *w, const uint64_t *words, const bf16 *x, Totals512<R> &total) {
+AVX512_INLINE void add_two_four(const bf16 *w, const uint64_t *words, Input in, int64_t column,
+                                Totals512<R> &total) {
+    const bf16 *x = in.x + column * B * R;
     // Of the word that byte 2 i takes eight bits from 2 i on of, the lowest two are position i.
     alignas(64) uint8_t offsets[64];
     for (int i = 0; i < 64; ++i) offsets[i] = uint8_t(i & ~1);
@@ -154,14 +148,15 @@ AVX512_INLINE __m512i side_by_side(const bf16 *left, const bf16 *right) {
     return _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i *)right), 1);
 }
 
-// Four TopK blocks side by side. x: [block columns][R][16].
-template <int R> AVX512_INLINE void add_quad(const Matrix &m, int64_t quad, const bf16 *x, Totals512<R> &total) {
+template <int R>
+AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Totals512<R> &total, float *) {
+    const int64_t quad = run.first + step;
     const int32_t *blocks = m.quad_blocks + 4 * quad;
     const int64_t first = m.vectors_before[quad], end = m.vectors_before[quad + 1];
 #pragma GCC unroll 16
     for (int n = 0; n < R; ++n) {
-        const __m512i left = side_by_side(x + (blocks[0] * int64_t(R) + n) * B, x + (blocks[1] * int64_t(R) + n) * B);
-        const __m512i right = side_by_side(x + (blocks[2] * int64_t(R) + n) * B, x + (blocks[3] * int64_t(R) + n) * B);
+        const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + n) * B; };
+        const __m512i left = side_by_side(at(0), at(1)), right = side_by_side(at(2), at(3));
         for (int64_t v = first; v < end; ++v) {
             fetch<R>(m.quad_values + 32 * v + 256), fetch<R>(m.quad_columns + 32 * v + 256);
             const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
@@ -172,26 +167,7 @@ template <int R> AVX512_INLINE void add_quad(const Matrix &m, int64_t quad, cons
     }
 }
 
-// sums: float [R][16]; x: bf16 [block columns][R][16].
-template <int R>
-AVX512 void strip_avx512(const Matrix &m, int64_t strip, const bf16 *x, const float *, float *sums) {
-    Totals512<R> total;
-    for (auto &chain : total.of)
-        for (auto &sum : chain) sum = _mm512_setzero_ps();
-    const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1);
-    const int64_t first_quad = m.quads_before[strip], quads = m.quads_before[strip + 1] - first_quad;
-    const int64_t longest = std::max({dense.count, two_four.count, quads});
-    // One block of each tier in turn, and the quads spread among them: while one waits for memory the other computes.
-    // Where nothing waits, tier after tier.
-    const int64_t turn = waits_for_memory(R) ? 1 : longest;
-    for (int64_t start = 0, quad = 0; start < longest; start += turn) {
-        for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
-            add_dense(m.dense + (dense.first + b) * B * B, x + dense.columns[b] * int64_t(B * R), total);
-        for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
-            add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
-                         x + two_four.columns[b] * int64_t(B * R), total);
-        for (; quad * longest < (start + turn) * quads; ++quad) add_quad(m, first_quad + quad, x, total);
-    }
+template <int R> AVX512_INLINE void store(Totals512<R> &total, const float *, float *sums) {
     for (int n = 0; n < R; ++n) {
         for (int chain = 1; chain < total.CHAINS; ++chain)
             total.of[0][n] = _mm512_add_ps(total.of[0][n], total.of[chain][n]);
@@ -212,11 +188,14 @@ AVX2_INLINE __m256 second_of(__m256i pairs) {
 
 template <int R> struct Totals256 {
     static constexpr int CHAINS = std::max(1, 4 / R);
+    static constexpr bool WAITS = R < 4;
     __m256 of[CHAINS][R][2];
+    static Run top_k(const Matrix &m, int64_t strip) { return run_of(m, strip, 2); }
+    static int64_t due(int64_t turns, int64_t, int64_t count) { return std::min(turns, count); }
 };
 
-// w: [8 pairs][16 rows][2]; x_wide: [16][R].
-template <int R> AVX2_INLINE void add_dense(const bf16 *w, const float *x_wide, Totals256<R> &total) {
+template <int R> AVX2_INLINE void add_dense(const bf16 *w, Input in, int64_t column, Totals256<R> &total) {
+    const float *x = in.wide + column * B * R;
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair)
 #pragma GCC unroll 2
@@ -226,14 +205,15 @@ template <int R> AVX2_INLINE void add_dense(const bf16 *w, const float *x_wide, 
 #pragma GCC unroll 4
             for (int n = 0; n < R; ++n) {
                 __m256 &sum = total.of[pair % total.CHAINS][n][half];
-                sum = _mm256_fmadd_ps(first, _mm256_broadcast_ss(x_wide + 2 * pair * R + n), sum);
-                sum = _mm256_fmadd_ps(second, _mm256_broadcast_ss(x_wide + (2 * pair + 1) * R + n), sum);
+                sum = _mm256_fmadd_ps(first, _mm256_broadcast_ss(x + 2 * pair * R + n), sum);
+                sum = _mm256_fmadd_ps(second, _mm256_broadcast_ss(x + (2 * pair + 1) * R + n), sum);
             }
         }
 }
 
-// w: [4 groups][16 rows][2]; words: [4 groups]; x: [R][16].
-template <int R> AVX2_INLINE void add_two_four(const bf16 *w, const uint64_t *words, const bf16 *x, Totals256<R> &total) {
+template <int R> AVX2_INLINE void add_two_four(const bf16 *w, const uint64_t *words, Input in, int64_t column,
+                             Totals256<R> &total) {
+    const bf16 *x = in.x + column * B * R;
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
 #pragma GCC unroll 4
     for (int group = 0; group < 4; ++group)
@@ -256,36 +236,63 @@ template <int R> AVX2_INLINE void add_two_four(const bf16 *w, const uint64_t *wo
         }
 }
 
-// The same; x_wide: x as floats, [block columns][16][R].
+// R floats, one for each row of x.
+template <int R> struct Rows {
+    typedef float type __attribute__((vector_size(4 * R), aligned(4), may_alias));
+};
+
+// One block, its weights one by one, to sums of their own: [16 outputs][R].
 template <int R>
-AVX2 void strip_avx2(const Matrix &m, int64_t strip, const bf16 *x, const float *x_wide, float *sums) {
-    Totals256<R> total;
-    for (auto &chain : total.of)
-        for (auto &row : chain) row[0] = row[1] = _mm256_setzero_ps();
-    alignas(64) float rest[B * R] = {};
-    const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = run_of(m, strip, 2);
-    const int64_t longest = std::max({dense.count, two_four.count, top_k.count});
-    const int64_t turn = R < 4 ? 1 : longest;
-    for (int64_t start = 0; start < longest; start += turn) {
-        for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
-            add_dense(m.dense + (dense.first + b) * B * B, x_wide + dense.columns[b] * int64_t(B * R), total);
-        for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
-            add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,
-                         x + two_four.columns[b] * int64_t(B * R), total);
-        for (int64_t b = start; b < std::min(start + turn, top_k.count); ++b)
-            add_top_k<R>(m.top_k + (top_k.first + b) * m.k, m.top_k_positions + (top_k.first + b) * m.k, m.k,
-                         x_wide + top_k.columns[b] * int64_t(B * R), rest);
+AVX2_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Totals256<R> &, float *sums) {
+    using Row = typename Rows<R>::type;
+    const bf16 *values = m.top_k + (run.first + step) * m.k;
+    const uint8_t *positions = m.top_k_positions + (run.first + step) * m.k;
+    const float *x = in.wide + run.columns[step] * int64_t(B * R);
+    for (int64_t j = 0; j < m.k; ++j) {
+        const Row *column = (const Row *)(x + (positions[j] >> 4) * R);
+        Row *sum = (Row *)(sums + (positions[j] & 15) * R);
+        *sum += widen(values[j]) * *column;
     }
+}
+
+template <int R> AVX2_INLINE void store(Totals256<R> &total, const float *top_k, float *sums) {
     for (int n = 0; n < R; ++n)
         for (int half = 0; half < 2; ++half) {
             for (int chain = 1; chain < total.CHAINS; ++chain)
                 total.of[0][n][half] = _mm256_add_ps(total.of[0][n][half], total.of[chain][n][half]);
             _mm256_storeu_ps(sums + n * B + 8 * half, total.of[0][n][half]);
-            for (int row = 8 * half; row < 8 * half + 8; ++row) sums[n * B + row] += rest[row * R + n];
+            for (int row = 8 * half; row < 8 * half + 8; ++row) sums[n * B + row] += top_k[row * R + n];
         }
 }
 
 // --- what both share ---------------------------------------------------------------------------------------------------
+
+// sums: float [R][16], of one strip. One block of each tier in turn: while one waits for memory the other computes.
+// Where nothing waits, tier after tier.
+// A macro, since what is inlined must be compiled for the same instructions, and no template can be told for which.
+#define STRIP(name, INSTRUCTIONS, Totals)                                                                              \
+    template <int R>                                                                                                   \
+    INSTRUCTIONS void name(const Matrix &m, int64_t strip, const bf16 *x, const float *wide, float *sums) {            \
+        const Input in{x, wide};                                                                                       \
+        Totals<R> total = {};                                                                                          \
+        alignas(64) float rest[B * R] = {};                                                                            \
+        const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = Totals<R>::top_k(m, strip);     \
+        const int64_t longest = std::max({dense.count, two_four.count, top_k.count});                                  \
+        const int64_t turn = Totals<R>::WAITS ? 1 : longest;                                                           \
+        for (int64_t start = 0, step = 0; start < longest; start += turn) {                                            \
+            for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)                                      \
+                add_dense(m.dense + (dense.first + b) * B * B, in, dense.columns[b], total);                           \
+            for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)                                   \
+                add_two_four(m.two_four + (two_four.first + b) * 128, m.positions + (two_four.first + b) * 4,          \
+                             in, two_four.columns[b], total);                                                          \
+            for (const int64_t due = Totals<R>::due(start + turn, longest, top_k.count); step < due; ++step)           \
+                add_top_k(m, top_k, step, in, total, rest);                                                            \
+        }                                                                                                              \
+        store(total, rest, sums);                                                                                      \
+    }
+
+STRIP(strip_avx512, AVX512, Totals512)
+STRIP(strip_avx2, AVX2, Totals256)
 
 using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, float *);
 
@@ -296,13 +303,13 @@ struct Kernel {
 
 // The smallest kernel that takes all rows at once, or the largest there is.
 Kernel choose(bool avx512, int64_t rows) {
-    static constexpr Kernel with_avx512[] = {
+    static const std::vector<Kernel> with_avx512 = {
         {1, strip_avx512<1>}, {2, strip_avx512<2>}, {4, strip_avx512<4>}, {8, strip_avx512<8>}, {16, strip_avx512<16>}};
-    static constexpr Kernel with_avx2[] = {{1, strip_avx2<1>}, {2, strip_avx2<2>}, {4, strip_avx2<4>}};
-    const Kernel *kernel = avx512 ? with_avx512 : with_avx2;
-    const Kernel *last = avx512 ? std::end(with_avx512) - 1 : std::end(with_avx2) - 1;
-    while (kernel < last && kernel->rows < rows) ++kernel;
-    return *kernel;
+    static const std::vector<Kernel> with_avx2 = {{1, strip_avx2<1>}, {2, strip_avx2<2>}, {4, strip_avx2<4>}};
+    const auto &kernels = avx512 ? with_avx512 : with_avx2;
+    for (const Kernel &kernel : kernels)
+        if (kernel.rows >= rows) return kernel;
+    return kernels.back();
 }
 
 // Rows of x in bundles of R, block column by block column: bf16 [bundles][block columns][R][16], and as floats
