@@ -263,12 +263,12 @@ def test_the_report_needs_no_torch():
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda path: path.write_text("{"), "iter2/eval.json: not the result of evaluate.py (Expecting"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not the result of evaluate.py ('utf-8'"),
-        (lambda path: write(path, []), "iter2/eval.json: not the result of evaluate.py (list"),
+        (lambda path: path.write_text("{"), "iter2/eval.json: not an evaluation (Expecting"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not an evaluation ('utf-8'"),
+        (lambda path: write(path, []), "iter2/eval.json: not an evaluation (list"),
         (
             lambda path: edit(path, lambda record: record.pop("tier_shares")),
-            "iter2/eval.json: not the result of evaluate.py (it has no tier_shares)",
+            "iter2/eval.json: not an evaluation (it has no tier_shares)",
         ),
         (lambda path: edit(path, lambda record: record["sparsity"].clear()), "it has no overall"),
         (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].pop("finetuned")), "it has no finetuned"),
@@ -285,11 +285,11 @@ def test_the_report_needs_no_torch():
         (lambda path: edit(path, lambda record: record["finetuning"].update(tokens=1)), "differ in tokens"),
         (
             lambda path: path.with_name("training.json").write_text(""),
-            "iter2/training.json: not the result of finetune.py",
+            "iter2/training.json: not a training log",
         ),
         (
             lambda path: edit(path.with_name("training.json"), lambda record: record.update(log=3)),
-            "not the result of finetune.py",
+            "not a training log",
         ),
         (lambda path: edit(path.with_name("training.json"), lambda record: record.pop("steps")), "it has no steps"),
     ],
@@ -347,7 +347,7 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
         run_script("plot.py", files, "--output-folder", tmp_path / "figures"),
     ):
         assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(r"error: .*iter2/eval\.json: not the result of evaluate\.py .*\n", done.stderr)
+        assert re.fullmatch(r"error: .*iter2/eval\.json: not an evaluation .*\n", done.stderr)
     assert (tmp_path / "summary.csv").read_text() == "before"
 
 

@@ -20,7 +20,7 @@ def read_curves(trainings: Iterable[Path], steps: pd.DataFrame) -> dict[str, pd.
     """
     curves = {}
     for path in trainings:
-        with contents(path, "the result of finetune.py") as record:
+        with contents(path, "a training log") as record:
             curve = pd.DataFrame(record["log"], columns=["step", "loss", "eval_loss"], dtype=float)
             # The log counts optimizer steps, and each of them sees as many tokens as the others.
             tokens = curve.pop("step") * (record["tokens"] / max(record["steps"], 1))

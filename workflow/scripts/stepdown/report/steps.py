@@ -31,7 +31,8 @@ def read_results(evals: Iterable[Path], tiers: bool = True) -> Results:
     tiers: whether every step has shares of tiers, as the iterations have; without, nobody's are read.
     Raises `UserError` for a file that is not what it should be, and for files that cannot be of one run.
     """
-    steps = pd.DataFrame([_read_eval(path, tiers) for path in evals]).astype({"iteration": float})
+    steps = pd.DataFrame([_read_eval(path, tiers) for path in evals])
+    steps["iteration"] = steps.step.map(iteration_of).astype(float)
     steps = steps.sort_values(["iteration", "step"]).set_index("step")
     _check_one_run(steps)
     steps["total_tokens"] = steps.tokens.where(steps.iteration.isna(), steps.tokens.cumsum())
@@ -73,16 +74,11 @@ def difference_percent(perplexity: Any, base: Any) -> Any:
 
 
 def _read_eval(path: Path, tiers: bool) -> dict:
-    with contents(path, "the result of evaluate.py") as record:
+    with contents(path, "an evaluation") as record:
         if record["step"] == BASE:
             record["pruning"] = {"method": "dense", "pattern": "", "layers": ""}
             record["finetuning"] = {"epochs": 0, "tokens": 0}
-        step = {
-            "path": path,
-            "step": record["step"],
-            "iteration": iteration_of(record["step"]),
-            "model": record["model"],
-        }
+        step = {"path": path, "step": record["step"], "model": record["model"]}
         step |= {key: record["pruning"][key] for key in ("method", "pattern", "layers")}
         step |= {key: record["finetuning"][key] for key in ("epochs", "tokens")}
         step |= {tier: float(record["tier_shares"][tier]) for tier in TIERS if tiers}
