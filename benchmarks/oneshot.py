@@ -119,7 +119,8 @@ def model(folder: Path, samples: int, tokens: int, repeats: int) -> None:
 
     def prune(pattern: Pattern) -> None:
         decoder = open_decoder(folder, "cpu")
-        prune_layers(decoder, windows, 1, "wanda", lambda name, weight: pattern, lambda weights: None)
+        for layer in prune_layers(decoder, windows, 1, "wanda", lambda name, weight: pattern):
+            layer.weights()
 
     print(f"model          hidden 2048, FFN 5632, bf16; {samples} samples x {tokens} tokens")
     for name, pattern in {"Wanda 0.5": unstructured(Fraction(1, 2)), "Wanda 2:4": n_of_m(2, 4)}.items():

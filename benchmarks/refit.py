@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
-from stepdown.prune.refit import refit
+from stepdown.tensors.least_squares import masked_least_squares
 from stepdown.tensors.masks import keep_n_of_m
 
 SIDE, BATCH, DAMPING = 512, 128, 0.01
@@ -55,8 +55,8 @@ def main() -> None:
         return ((weight - dense) @ hessian * (weight - dense)).sum().item()
 
     solved, slow = timed(exact, pruned, keep, hessian, target)
-    refit(pruned, keep, hessian, target, DAMPING)
-    found, fast = timed(refit, pruned, keep, hessian, target, DAMPING)
+    masked_least_squares(pruned, keep, hessian, target, DAMPING)
+    found, fast = timed(masked_least_squares, pruned, keep, hessian, target, DAMPING)
     mended = (error(pruned) - error(found)) / (error(pruned) - error(solved))
     print(f"error of the outputs, share left: exact {error(solved) / error(pruned):.4f}, here {1 - mended:.4f} more")
     print(f"mended {mended:.2%} of what can be mended (bar 99 %)")

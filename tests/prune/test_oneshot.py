@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from stepdown.models import pruning_reports
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.decoder import open_decoder
 from stepdown.plan.runs import parse_run
-from stepdown.prune import methods, oneshot
+from stepdown.prune import methods, oneshot, statistics
 from stepdown.prune.calibration import squared_input_norms
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.methods import load_method, method_names
@@ -139,13 +140,11 @@ def test_one_layer_in_memory_and_in_order(model):
     decoder = open_decoder(model, "cpu")
     seen = []
 
-    def take(pruned):
+    for layer in prune_layers(decoder, TOKENS, 2, "sparsegpt", lambda name, weight: n_of_m(2, 4)):
         real = {name for name, parameter in decoder.model.named_parameters() if not parameter.is_meta}
         assert real and all(name.startswith(f"model.layers.{len(seen)}.") for name in real)
-        seen.append(sorted(pruned))
-
-    prune_layers(decoder, TOKENS, 2, "sparsegpt", lambda name, weight: n_of_m(2, 4), take)
-    assert [names[0] for names in seen] == [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+        seen.append(min(layer.weights()))
+    assert seen == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
 
 
 def test_magnitude_needs_no_forward_pass(model, tmp_path, monkeypatch):
@@ -242,14 +241,14 @@ def test_an_activation_that_is_nan_is_named(model, tmp_path, method):
 
 def test_a_linear_that_sees_no_token_is_pruned_by_magnitude_and_named(model, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("stepdown"), "propagate", True)
-    measure = oneshot._measure
 
-    def without_one(*arguments):
-        found = measure(*arguments)
-        found["squared_norms"].pop("model.layers.1.mlp.up_proj", None)
-        return found
+    @contextmanager
+    def without_one(linears, samples):
+        with statistics.accumulating_squares(linears, samples) as found:
+            yield found
+        found.pop("model.layers.1.mlp.up_proj", None)
 
-    monkeypatch.setattr(oneshot, "_measure", without_one)
+    monkeypatch.setitem(oneshot.STATISTICS, "squared_norms", without_one)
     prune(model, "wanda-2of4", tmp_path / "pruned")
     assert caplog.messages == ["model.layers.1.mlp.up_proj saw no token of the calibration text: pruned by magnitude"]
     dense, pruned = weights(model)[WEIGHT], weights(tmp_path / "pruned")[WEIGHT]

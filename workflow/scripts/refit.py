@@ -19,7 +19,8 @@ def main(arguments: argparse.Namespace) -> None:
     )
     masks = read_step_masks(arguments.masks, pruned.checkpoint)
     with rewriting_layers(pruned.checkpoint, arguments.output_model, masks.identity) as write:
-        refit_layers(dense, pruned, masks.keep, windows, arguments.batch_size, arguments.damping, write)
+        for layer in refit_layers(dense, pruned, masks.keep, windows, arguments.batch_size, arguments.damping):
+            write(layer.weights())
 
 
 if __name__ == "__main__":

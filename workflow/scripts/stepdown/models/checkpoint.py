@@ -118,10 +118,12 @@ def rewrite_checkpoint(
     change: Callable[[dict[str, Tensor]], None],
     identity: dict[str, str],
     description: str = "write",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
 
-    `change` gets the tensors of a shard by name and changes or replaces them; names, shapes and types stay.
+    `change` gets the tensors of a shard by name and changes or replaces them; a tensor that keeps its name keeps its
+    type. texts: see `write_checkpoint`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
 
@@ -130,9 +132,9 @@ def rewrite_checkpoint(
             tensors = checkpoint.tensors(names)
             types = {name: tensor.dtype for name, tensor in tensors.items()}
             change(tensors)
-            yield shard, {name: tensors[name].to(types[name]) for name in names}
+            yield shard, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
-    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed)
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed, texts)
 
 
 def write_checkpoint(
@@ -215,29 +217,40 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def rewriting_layers(
-    source: Checkpoint, target: Path | str, identity: dict[str, str]
+    source: Checkpoint, target: Path | str, identity: dict[str, str], texts: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[dict[str, Tensor]], None]]:
-    """Write `target` as `source` with matrices changed in the order of the model's layers, by name of their linears.
+    """Write `target` as `source` with the weights of linears changed, in the order of the model's layers.
 
-    Yields what takes the new weights of a layer; the checkpoint is written when the block ends. Layers are walked in
-    the order of the model and written in the order of their names, so they wait on disk in between.
+    Yields what takes the new tensors of a layer by name: of each linear its `weight`, or the parts that stand for it,
+    such as `weight_packed`. The checkpoint is written when the block ends: layers are walked in the order of the model
+    and written in the order of their names. texts: see `write_checkpoint`.
     """
-    target, file_of = Path(target), {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+    file_of: dict[str, Path] = {}
+    with waiting_beside(target) as waiting:
 
-        def put_aside(weights: dict[str, Tensor]) -> None:
-            tensors = {f"{name}.weight": weight for name, weight in weights.items()}
-            file = Path(waiting) / f"{len(file_of)}.safetensors"
+        def put_aside(tensors: dict[str, Tensor]) -> None:
+            file = waiting / f"{len(file_of)}.safetensors"
             save_tensors(tensors, file, {})
-            file_of.update(dict.fromkeys(tensors, file))
+            file_of.update({f"{name.rpartition('.')[0]}.weight": file for name in tensors})
 
         def replace(tensors: dict[str, Tensor]) -> None:
-            for file in {file_of[name] for name in tensors if name in file_of}:
+            replaced = tensors.keys() & file_of.keys()
+            for name in replaced:
+                del tensors[name]
+            for file in {file_of[name] for name in replaced}:
                 tensors.update(load_tensors(file)[0])
 
         yield put_aside
-        rewrite_checkpoint(source, target, replace, identity)
+        rewrite_checkpoint(source, target, replace, identity, texts=texts)
+
+
+@contextmanager
+def waiting_beside(target: Path | str) -> Iterator[Path]:
+    """A folder beside a checkpoint to be, where layers wait on disk until the last is known; gone at the end."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+        yield Path(waiting)
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:

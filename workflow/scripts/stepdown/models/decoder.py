@@ -6,7 +6,7 @@ One forward pass in which every layer only passes its input on records what each
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -171,7 +171,7 @@ class LayerWalk:
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, batches: list[Tensor]):
+    def __init__(self, decoder: Decoder, batches: Sequence[Tensor]):
         self.decoder = decoder
         self.batches = batches
         self.states: list[Tensor] = []

@@ -4,7 +4,7 @@ Two forms hide matrices: GPT-2's Conv1D holds them transposed, and a mixture of 
 in one 3-D parameter. What takes their place here computes the same, and is hooked and masked like any other linear.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -90,11 +90,11 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 @contextmanager
-def watching_inputs(linears: dict[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `see` is called with the name of a linear and its inputs [..., in], each time it is given some."""
+def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is called with the name of a module and its inputs [..., in], each time it is given some."""
     handles = [
-        linear.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
-        for name, linear in linears.items()
+        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+        for name, module in modules.items()
     ]
     try:
         yield

@@ -5,8 +5,8 @@ are those of the modules in the transformers model, so that `switch_on` finds th
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..models.decoder import Decoder, LayerWalk
 from ..models.linears import as_linears_
 from ..plan.compressions import Dynamic
+from .layerwise import LoadedLayer, visit
+from .statistics import accumulating
 
 FORMAT = "stepdown activation sparsity 1"
 # |x| is counted by its exponent and the first 11 bits of its mantissa: a threshold is exact to 1/2048 of itself.
@@ -35,28 +37,27 @@ def calibrate_thresholds(decoder: Decoder, windows: Tensor, batch_size: int, ask
     windows: int64 [samples, tokens]. `uniform` gives every linear the same share; `greedy` spreads the share over the
     linears of a layer, weighted by their size, so that the layer's output changes least (TEAL, algorithm 1).
     """
-    name_of = {module: name for name, module in decoder.model.named_modules() if isinstance(module, nn.Linear)}
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    own = {stored: name.removesuffix(".weight") for name, stored in decoder.stored.items()}
+    walk = LayerWalk(decoder, windows.split(batch_size))
     found = {}
-    for place, (_, layer, replay) in enumerate(walk.layers(f"{asked.allocation} thresholds")):
-        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
-        with counting_magnitudes(linears) as counts:
-            replay(advance=False)
-        quantiles = {name: Quantiles(count) for name, count in counts.items()}
-        seen = {name: linears[name] for name in quantiles}
+    for layer in visit(walk, f"{asked.allocation} thresholds"):
+        quantiles = _quantiles(layer.gather(counting_magnitudes))
+        seen = {name: layer.linears[name] for name in quantiles}
         shares = dict.fromkeys(seen, float(asked.share))
         if asked.allocation == "greedy":
-            shares = _greedy_shares(walk, place, seen, quantiles, float(asked.share))
+            shares = _greedy_shares(layer, seen, quantiles, float(asked.share))
         thresholds = _thresholds(quantiles, shares)
         # What a linear sees changes with the thresholds of those before it in the layer: once more, on sparse inputs.
         with counting_magnitudes(seen) as counts, sparse_inputs(seen, thresholds):
-            replay(advance=False)
-        thresholds = _thresholds({name: Quantiles(count) for name, count in counts.items()}, shares)
+            layer.replay(advance=False)
+        quantiles |= _quantiles(counts)
+        thresholds = _thresholds(quantiles, shares)
         with sparse_inputs(seen, thresholds), counting_magnitudes(seen) as counts:
-            replay()
+            layer.replay()
+        quantiles |= _quantiles(counts)
         for name, threshold in thresholds.items():
-            achieved = Quantiles(counts[name]).share_below(threshold)
-            found[name] = {"threshold": threshold, "target": shares[name], "achieved": achieved}
+            achieved = quantiles[name].share_below(threshold)
+            found[own[f"{name}.weight"]] = {"threshold": threshold, "target": shares[name], "achieved": achieved}
     return found
 
 
@@ -81,17 +82,13 @@ class Quantiles:
         return self.cumulative[bin_of - 1].item() if bin_of else 0.0
 
 
-@contextmanager
-def counting_magnitudes(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+def counting_magnitudes(linears: Mapping[str, nn.Linear]) -> AbstractContextManager[dict[str, Tensor]]:
     """While open, counts |x| of the inputs of each linear by its leading bits: name -> int64 [BINS]."""
-    counts: dict[str, Tensor] = {}
+    return accumulating(linears, lambda inputs: torch.bincount(_bins(inputs), minlength=BINS))
 
-    def count(name: str, inputs: Tensor) -> None:
-        found = torch.bincount(_bins(inputs), minlength=BINS)
-        counts[name] = counts[name] + found if name in counts else found
 
-    with _hooked(linears, lambda name: lambda _, inputs: count(name, inputs[0])):
-        yield counts
+def _quantiles(counts: Mapping[str, Tensor]) -> dict[str, Quantiles]:
+    return {name: Quantiles(count) for name, count in counts.items()}
 
 
 def _thresholds(quantiles: Mapping[str, Quantiles], shares: Mapping[str, float]) -> dict[str, float]:
@@ -99,16 +96,16 @@ def _thresholds(quantiles: Mapping[str, Quantiles], shares: Mapping[str, float])
 
 
 def _greedy_shares(
-    walk: LayerWalk, place: int, linears: Mapping[str, nn.Linear], quantiles: Mapping[str, Quantiles], share: float
+    layer: LoadedLayer, linears: Mapping[str, nn.Linear], quantiles: Mapping[str, Quantiles], share: float
 ) -> dict[str, float]:
     """Step by step, the linear gets more zeros for which the layer's output moves least on the first batch."""
     sizes = {name: linear.weight.numel() for name, linear in linears.items()}
     total, shares = sum(sizes.values()), dict.fromkeys(linears, 0.0)
-    state, dense = walk.states[0], walk.call(place, 0, walk.states[0])
+    dense = layer.output(0)
 
     def error(shares: Mapping[str, float]) -> float:
         with sparse_inputs(linears, _thresholds(quantiles, shares)):
-            return (walk.call(place, 0, state) - dense).float().norm().item()
+            return (layer.output(0) - dense).float().norm().item()
 
     # The same number of multiplications is saved whichever linear it is.
     missing = share * total
@@ -135,15 +132,16 @@ def _lower_edge(number: int) -> float:
 # --- inference -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def sparse_inputs(linears: Mapping[str, nn.Linear], thresholds: Mapping[str, float]) -> Iterator[None]:
-    """While open, inputs of the linears that are below their thresholds count as zero."""
-    with _hooked({name: linears[name] for name in thresholds}, lambda name: _below_is_zero(thresholds[name])):
-        yield
+def sparse_inputs(linears: Mapping[str, nn.Module], thresholds: Mapping[str, float]) -> ExitStack:
+    """Until it is closed, inputs of the linears that are below their thresholds count as zero."""
+    hooks = ExitStack()
+    for name, threshold in thresholds.items():
+        hooks.enter_context(linears[name].register_forward_pre_hook(_below_is_zero(threshold)))
+    return hooks
 
 
 def _below_is_zero(threshold: float) -> Callable:
-    return lambda _, inputs: (inputs[0] * (inputs[0].abs() >= threshold), *inputs[1:])
+    return lambda _, inputs: inputs[0] * (inputs[0].abs() >= threshold)
 
 
 def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
@@ -158,10 +156,7 @@ def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:
         raise UserError(
             f"{path}: {missing[0]} is no linear of this {type(model).__name__}; thresholds of another model?"
         )
-    handles = [
-        modules[name].register_forward_pre_hook(_below_is_zero(threshold)) for name, threshold in thresholds.items()
-    ]
-    return lambda: [handle.remove() for handle in handles] and None
+    return sparse_inputs(modules, thresholds).close
 
 
 def read_thresholds(path: Path | str) -> dict[str, float]:
@@ -172,13 +167,3 @@ def read_thresholds(path: Path | str) -> dict[str, float]:
         return {name: float(linear["threshold"]) for name, linear in record["linears"].items()}
     except (ValueError, KeyError, TypeError, AssertionError):
         raise UserError(f"{path}: not a file of activation thresholds ({FORMAT!r}); make it again") from None
-
-
-@contextmanager
-def _hooked(linears: Mapping[str, nn.Linear], hook_of: Callable[[str], Callable]) -> Iterator[None]:
-    handles = [linear.register_forward_pre_hook(hook_of(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,6 +1,7 @@
 """What the inputs of every linear weigh on calibration text."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from ..models.checkpoint import load_tensors
 from ..models.decoder import Decoder, LayerWalk
 from ..models.tier_maps import TierMap
 from ..text import calibration_windows, describe, parse_text
+from .layerwise import visit
 from .statistics import accumulating_squares
 
 
@@ -36,20 +38,17 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     A linear that saw no token, such as an expert that none was routed to, gets ones: Wanda is then magnitude.
     Raises `UserError` naming the linear whose inputs are not finite.
     """
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
-    name_of = {module: name for name, module in decoder.linears().items()}
+    gather = partial(accumulating_squares, samples=len(windows))
     norms = {}
-    for _, layer, replay in walk.layers("calibrate"):
-        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
-        with accumulating_squares(linears) as sums:
-            replay()
-        for name, linear in linears.items():
-            if name not in sums:
+    for layer in visit(LayerWalk(decoder, windows.split(batch_size)), "calibrate"):
+        found = layer.gather(gather, advance=True)
+        for name, linear in layer.linears.items():
+            if name not in found:
                 log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
-                sums[name] = torch.full((linear.in_features,), float(len(windows)))
-            if not sums[name].isfinite().all():
+                found[name] = torch.ones(linear.in_features)
+            if not found[name].isfinite().all():
                 raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
-            norms[name] = (sums[name] / len(windows)).cpu()
+            norms[name] = found[name].cpu()
     return norms
 
 

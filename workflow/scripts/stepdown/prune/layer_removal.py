@@ -5,9 +5,10 @@ What is left is an ordinary checkpoint of the same family with fewer layers.
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +18,11 @@ from torch.nn.functional import cosine_similarity
 from ..cli import progress
 from ..errors import UserError
 from ..measure.perplexity import perplexity
-from ..models.checkpoint import load_tensors, save_tensors, shard_of, write_checkpoint
+from ..models.checkpoint import shard_of, write_checkpoint
 from ..models.decoder import Decoder, LayerWalk
 from ..models.linears import as_linears_
 from ..plan.compressions import check_layers
+from .layerwise import visit, visit_backwards
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,36 +43,33 @@ def choose_layers(
     to go, but of `angular` one per run of `count` layers, by its first. Raises `UserError` when none would stay.
     """
     check_layers(count, len(decoder.layers), decoder.checkpoint.folder)
-    if removal == "angular":
-        scores = angular_distance(decoder, windows, batch_size, count)
-        _check_finite(decoder, scores, removal)
-        first = int(scores.argmin())
-        return list(range(first, first + count)), scores.tolist()
     measure: dict[str, Callable[..., Tensor]] = {
+        "angular": partial(angular_distance, count=count),
         "block_influence": block_influence,
         "gradient": taylor_importance,
         "perplexity": perplexity_without,
     }
     scores = measure[removal](decoder, windows, batch_size)
-    _check_finite(decoder, scores, removal)
-    return sorted(scores.argsort(stable=True)[:count].tolist()), scores.tolist()
-
-
-def _check_finite(decoder: Decoder, scores: Tensor, removal: str) -> None:
     if not scores.isfinite().all():
         layer = int(scores.isfinite().int().argmin())
         raise UserError(f"{decoder.checkpoint.folder}: {removal} of layer {layer} is no number; is a weight NaN?")
+    if removal == "angular":
+        first = int(scores.argmin())
+        return list(range(first, first + count)), scores.tolist()
+    return sorted(scores.argsort(stable=True)[:count].tolist()), scores.tolist()
 
 
 @torch.no_grad()
 def block_influence(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
     """1 - mean over tokens of the cosine between a layer's input and output: float64 [layers]."""
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    walk = LayerWalk(decoder, windows.split(batch_size))
     influence = []
-    for _, _, replay in walk.layers("block influence"):
+    for layer in visit(walk, "block influence"):
         before = list(walk.states)
-        replay()
-        influence.append(1 - _mean_cosine(before, walk.states))
+        layer.replay()
+        pairs = zip(before, walk.states, strict=True)
+        cosines = [cosine_similarity(x.double(), y.double(), dim=-1).flatten() for x, y in pairs]
+        influence.append(1 - torch.cat(cosines).mean().item())
     return torch.tensor(influence, dtype=torch.float64)
 
 
@@ -78,10 +77,10 @@ def block_influence(decoder: Decoder, windows: Tensor, batch_size: int) -> Tenso
 def angular_distance(decoder: Decoder, windows: Tensor, batch_size: int, count: int) -> Tensor:
     """Angle / pi between the input of a run of `count` layers and its output, at the last token of a window, mean over
     windows: float64 [layers - count + 1] (Gromov et al. 2024, equation 2)."""
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    walk = LayerWalk(decoder, windows.split(batch_size))
     last = [torch.cat([state[:, -1] for state in walk.states]).double()]
-    for _, _, replay in walk.layers("angular distance"):
-        replay()
+    for layer in visit(walk, "angular distance"):
+        layer.replay()
         last.append(torch.cat([state[:, -1] for state in walk.states]).double())
     cosines = [cosine_similarity(last[place], last[place + count], dim=-1) for place in range(len(last) - count)]
     return torch.stack([cosine.clamp(-1, 1).arccos().mean() / torch.pi for cosine in cosines]).cpu()
@@ -96,54 +95,34 @@ def perplexity_without(decoder: Decoder, windows: Tensor, batch_size: int) -> Te
 
 def taylor_importance(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
     """Sum of |w * dL/dw| over the weights of a layer's linears, L the loss on the windows: float64 [layers] (Kim et al.
-    2024). The states before each layer wait on disk for the way back, so that one layer is in memory there too."""
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    2024)."""
+    walk = LayerWalk(decoder, windows.split(batch_size))
     importance = []
-    with TemporaryDirectory() as waiting:
-        for name, _, replay in walk.layers("forward"):
-            states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
-            save_tensors(states, Path(waiting) / f"{name}.safetensors", {})
-            replay()
-        gradients = list(walk.loss_gradients())
-        for name, layer, _ in walk.layers("backward", backwards=True):
-            states, _ = load_tensors(Path(waiting) / f"{name}.safetensors")
-            place = int(name.rpartition(".")[2])
-            outputs = (
-                (state, lambda state, n=n, place=place: walk.call(place, n, state))
-                for n, state in _numbered(states, decoder)
-            )
-            importance.insert(0, _backward(layer, outputs, gradients))
-    return torch.tensor(importance, dtype=torch.float64)
+    for layer in visit_backwards(walk):
+        gradients = layer.gather(summing_weight_gradients, advance=True)
+        weights = {name: layer.linears[name].weight.detach() for name in layer.linears if name in gradients}
+        products = ((weight * gradients[name]).abs().sum() for name, weight in weights.items())
+        importance.append(float(sum(products)) / len(walk.batches))
+    return torch.tensor(importance[::-1], dtype=torch.float64)
 
 
-def _numbered(states: dict[str, Tensor], decoder: Decoder) -> Iterator[tuple[int, Tensor]]:
-    for number in range(len(states)):
-        yield number, states[str(number)].to(decoder.device)
+@contextmanager
+def summing_weight_gradients(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """While open, sums dL/dw over the batches that go back through each linear: name -> float32 [out, in]."""
+    sums: dict[str, Tensor] = {}
 
+    def add(name: str, weight: Tensor) -> None:
+        if name in sums:
+            sums[name] += weight.grad
+        else:
+            sums[name] = weight.grad.float()
+        weight.grad = None
 
-def _backward(layer: nn.Module, batches: Iterator[tuple[Tensor, Callable]], gradients: list[Tensor]) -> float:
-    """Importance of a layer; the gradients by its outputs, one per batch, become those by its inputs."""
-    weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
-    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    for number, (state, forward) in enumerate(batches):
-        state.requires_grad_()
-        found = torch.autograd.grad(forward(state), [state, *weights], gradients[number], allow_unused=True)
-        gradients[number] = found[0]
-        for total, gradient in zip(sums, found[1:], strict=True):
-            if gradient is not None:
-                total += gradient
-    products = ((weight.detach() * total).abs().sum() for weight, total in zip(weights, sums, strict=True))
-    return float(sum(products)) / len(gradients)
-
-
-def _mean_cosine(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Over all tokens of all batches, [sequences, tokens, hidden] each."""
-    cosines = [cosine_similarity(*pair, dim=-1) for pair in zip(_doubles(before), _doubles(after), strict=True)]
-    return torch.cat([cosine.flatten() for cosine in cosines]).mean().item()
-
-
-def _doubles(states: Sequence[Tensor]) -> Iterator[Tensor]:
-    return (state.double() for state in states)
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            weight = linear.weight.requires_grad_()
+            hooks.enter_context(weight.register_post_accumulate_grad_hook(partial(add, name)))
+        yield sums
 
 
 # --- the shorter model -----------------------------------------------------------------------------------------------

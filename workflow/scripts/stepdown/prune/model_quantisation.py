@@ -1,20 +1,21 @@
 """Quantising a model, pruned or not: every prunable matrix becomes packed whole numbers, layer by layer."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from ..cli import log, progress
 from ..errors import UserError
-from ..models.checkpoint import load_tensors, save_tensors, write_checkpoint
+from ..models.checkpoint import rewriting_layers
 from ..models.decoder import Decoder, LayerWalk
 from ..models.quantised_checkpoint import FORMAT, pack
 from ..plan.compressions import Quantisation, check_groups
 from ..tensors.quantisation import Quantised, gptq, round_to_nearest
+from .layerwise import change_layers
 from .statistics import accumulating_hessians
 
 
@@ -37,68 +38,43 @@ def quantise_checkpoint(
     if decoder.checkpoint.transposed or any(".experts." in name for name in linears):
         family = decoder.model.config.model_type
         raise UserError(f"{decoder.checkpoint.folder}: the matrices of {family} are no linears to compressed-tensors")
-    file_of: dict[str, Path] = {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
-        for layer, found in _quantise_layers(decoder, windows, batch_size, asked):
-            file = Path(waiting) / f"{layer}.safetensors"
-            packed = {name: pack(quantised, asked) for name, quantised in found.items()}
-            save_tensors(
-                {f"{name}.{key}": part for name, parts in packed.items() for key, part in parts.items()}, file, {}
-            )
-            file_of.update(dict.fromkeys(found, file))
-
-        def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
-            for shard, names in progress(decoder.checkpoint.shards().items(), "write"):
-                matrices = {name.removesuffix(".weight") for name in names if name.endswith(".weight")} & file_of.keys()
-                tensors = decoder.checkpoint.tensors(set(names) - {f"{name}.weight" for name in matrices})
-                for file in sorted({file_of[name] for name in matrices}):
-                    tensors |= load_tensors(file)[0]
-                yield shard, tensors
-
-        write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, asked))
+    with rewriting_layers(decoder.checkpoint, target, identity, _texts(decoder, asked)) as write:
+        rounded = _by_rounding(decoder, asked)
+        for layer in rounded if asked.method == "int" else _by_gptq(decoder, windows, batch_size, asked):
+            write({f"{name}.{key}": part for name, found in layer.items() for key, part in pack(found, asked).items()})
 
 
-def _quantise_layers(
-    decoder: Decoder, windows: Tensor | None, batch_size: int, asked: Quantisation
-) -> Iterator[tuple[str, dict[str, Quantised]]]:
-    """Name of each layer, and its matrices by name."""
-    if asked.method == "int":
-        for shard, names in progress(decoder.checkpoint.shards().items(), "round to nearest"):
-            matrices = [name for name in decoder.linears() if f"{name}.weight" in names]
-            if matrices:
-                weights = {name: decoder.checkpoint.matrix(name) for name in matrices}
-                _check_finite(decoder, weights)
-                yield shard, {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
-        return
-    name_of = {module: name for name, module in decoder.linears().items()}
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
-    for layer_name, layer, replay in walk.layers("gptq"):
-        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
-        with accumulating_hessians(linears, len(windows)) as hessians:
-            replay(advance=False)
-        _check_finite(decoder, {name: linear.weight for name, linear in linears.items()})
-        found = {}
-        for name, linear in linears.items():
-            found[name] = _by_gptq(linear, hessians.get(name), asked, decoder.dtype, name)
-            linear.weight.copy_(found[name].weight)
-        replay()
-        yield layer_name, found
+def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Quantised]]:
+    """The matrices of each layer by name, rounded to nearest: no text is asked for."""
+    for names in progress(decoder.checkpoint.shards().values(), "round to nearest"):
+        weights = {name: decoder.checkpoint.matrix(name) for name in decoder.linears() if f"{name}.weight" in names}
+        for name, weight in weights.items():
+            _check_finite(decoder, name, weight)
+        if weights:
+            yield {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
 
 
-def _check_finite(decoder: Decoder, weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
+def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisation) -> Iterator[dict[str, Quantised]]:
+    """The matrices of each layer by name, quantised by what the layer sees of those quantised before it."""
+    found: dict[str, Quantised] = {}
+
+    def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
+        _check_finite(decoder, name, weight)
+        if (hessian := statistics["hessian"]) is not None:
+            found[name] = gptq(weight, hessian, asked, decoder.dtype, name)
+        else:
+            log.warning("%s saw no token of the calibration text: rounded to nearest", name)
+            found[name] = round_to_nearest(weight, asked, decoder.dtype)
+        return found[name].weight
+
+    gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
+    for layer in change_layers(LayerWalk(decoder, windows.split(batch_size)), "gptq", gather, make):
+        yield {name: found.pop(name) for name in layer.linears}
 
 
-def _by_gptq(
-    linear: nn.Linear, hessian: Tensor | None, asked: Quantisation, dtype: torch.dtype, name: str
-) -> Quantised:
-    if hessian is None:
-        log.warning("%s saw no token of the calibration text: rounded to nearest", name)
-        return round_to_nearest(linear.weight, asked, dtype)
-    return gptq(linear.weight, hessian, asked, dtype, name)
+def _check_finite(decoder: Decoder, name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
 
 
 def _texts(decoder: Decoder, asked: Quantisation) -> dict[str, str]:

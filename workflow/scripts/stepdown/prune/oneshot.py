@@ -1,13 +1,12 @@
 """Pruning a model in one shot, layer by layer: each layer is pruned by what it sees of the layers pruned before it."""
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cli import log
 from ..errors import UserError
@@ -20,8 +19,12 @@ from ..tensors.masks import count_zeros
 from ..tensors.patterns import Pattern, TierOptions, pattern_of
 from .calibration import squared_input_norms
 from .layer_sparsity import LayerOptions, by_outliers, by_table, in_whole_units, outlier_shares, uniform
-from .methods import STATISTICS, arguments_of, load_method
+from .layerwise import LoadedLayer, change_layers
+from .methods import arguments_of, load_method
 from .statistics import accumulating_hessians, accumulating_squares
+
+# How what a method may ask for is gathered.
+STATISTICS = {"squared_norms": accumulating_squares, "hessian": accumulating_hessians}
 
 
 def prune_checkpoint(
@@ -41,12 +44,9 @@ def prune_checkpoint(
 
     identity = {"base_model": decoder.checkpoint.identity()["base_model"], "iteration": "1"}
     with rewriting_layers(decoder.checkpoint, target, identity) as write:
-
-        def take(weights: dict[str, Tensor]) -> None:
-            zeros.update({name: count_zeros(weight) for name, weight in weights.items()})
-            write(weights)
-
-        prune_layers(decoder, windows, batch_size, run.method, pattern_for, take)
+        for layer in prune_layers(decoder, windows, batch_size, run.method, pattern_for):
+            zeros |= {name: count_zeros(linear.weight) for name, linear in layer.linears.items()}
+            write(layer.weights())
     return describe_pruning(run, identity["base_model"], shapes, sparsities, zeros)
 
 
@@ -79,59 +79,50 @@ def units_of(run: Run, shape: tuple[int, int]) -> int:
     return math.prod(grid_shape(shape, run.block_size)) if run.block_size else shape[1]
 
 
-@torch.no_grad()
 def prune_layers(
-    decoder: Decoder,
-    windows: Tensor,
-    batch_size: int,
-    method: str,
-    pattern_for: Callable[[str, Tensor], Pattern],
-    take: Callable[[dict[str, Tensor]], None],
-) -> None:
-    """Prune the decoder layers in order; `take` gets the weights of each layer's linears, by stored name, on the CPU.
+    decoder: Decoder, windows: Tensor, batch_size: int, method: str, pattern_for: Callable[[str, Tensor], Pattern]
+) -> Iterator[LoadedLayer]:
+    """Prune the decoder layers in order; yields each once it is pruned.
 
     windows: int64 [samples, tokens]; pattern_for: (name, weight [out, in]) -> the pattern of that matrix.
     One layer is loaded at a time, and only its statistics are held. A method that asks for none needs no forward pass.
     Raises `UserError` naming the linear whose weights or inputs are not finite, or whose pattern does not hold.
     """
     prune = load_method(method)
-    asked = [statistic for statistic in STATISTICS if statistic in arguments_of(prune)]
-    name_of = {module: name for name, module in decoder.linears().items()}
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
-    for _, layer, replay in walk.layers(f"prune by {method}"):
-        linears = {name_of[module]: module for module in layer.modules() if module in name_of}
-        statistics = _measure(linears, asked, replay, len(windows))
-        for name, linear in linears.items():
-            found = {statistic: values.get(name) for statistic, values in statistics.items()}
-            _check_finite(f"{decoder.checkpoint.folder}: {name}", linear.weight, found)
-            prune_linear_(linear, prune, pattern_for(name, linear.weight), name, found)
-        if asked:
-            replay()
-        take({name: linear.weight.detach().cpu() for name, linear in linears.items()})
+    asked = {statistic: by for statistic, by in STATISTICS.items() if statistic in arguments_of(prune)}
+
+    def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
+        _check_finite(f"{decoder.checkpoint.folder}: {name}", weight, statistics)
+        return pruned(weight, prune, pattern_for(name, weight), name, statistics)
+
+    walk = LayerWalk(decoder, windows.split(batch_size))
+    gather = {statistic: partial(by, samples=len(windows)) for statistic, by in asked.items()}
+    return change_layers(walk, f"prune by {method}", gather, make)
 
 
-def prune_linear_(
-    linear: nn.Linear, prune: Callable[..., Tensor], pattern: Pattern, name: str, statistics: dict[str, Tensor | None]
-) -> None:
-    """Prune a linear in place by a method's function `prune`, and check that the pattern holds.
+def pruned(
+    weight: Tensor, prune: Callable[..., Tensor], pattern: Pattern, name: str, statistics: dict[str, Tensor | None]
+) -> Tensor:
+    """The weight [out, in] of a linear pruned by a method's function `prune`, checked to hold the pattern.
 
     A linear without statistics, such as an expert that no token was routed to, is pruned by magnitude.
     """
     if None in statistics.values():
         log.warning("%s saw no token of the calibration text: pruned by magnitude", name)
         prune, statistics = load_method("magnitude"), {}
-    offered = {"weight": linear.weight.float(), "pattern": pattern, "name": name, **statistics}
-    pruned = prune(**{argument: offered[argument] for argument in arguments_of(prune)})
-    where, shape = f"{prune.__module__}: {name}", linear.weight.shape
-    if not isinstance(pruned, Tensor) or pruned.shape != shape:
-        found = list(pruned.shape) if isinstance(pruned, Tensor) else type(pruned).__name__
-        raise UserError(f"{where}: returned {found}; return the weight {list(shape)}")
+    offered = {"weight": weight.float(), "pattern": pattern, "name": name, **statistics}
+    returned = prune(**{argument: offered[argument] for argument in arguments_of(prune)})
+    where = f"{prune.__module__}: {name}"
+    if not isinstance(returned, Tensor) or returned.shape != weight.shape:
+        found = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+        raise UserError(f"{where}: returned {found}; return the weight {list(weight.shape)}")
     # Adding zero turns -0.0 into 0.0.
-    linear.weight.copy_(pruned).add_(0.0)
-    if not _is_finite(linear.weight):
+    weight = returned.to(weight) + 0.0
+    if not _is_finite(weight):
         raise UserError(f"{where}: returned NaN or infinity")
-    if fault := pattern.fault(linear.weight.cpu()):
+    if fault := pattern.fault(weight.cpu()):
         raise UserError(f"{where}: the pattern does not hold: {fault}; zero what pattern.keep drops")
+    return weight
 
 
 def _tell_ragged_groups(run: Run, shapes: dict[str, tuple[int, int]]) -> None:
@@ -141,23 +132,6 @@ def _tell_ragged_groups(run: Run, shapes: dict[str, tuple[int, int]]) -> None:
             "%s: %d matrices, %s first, have inputs that are no multiple of %d; of a tail of r, ceil(r * %d / %d) stay",
             *(run.name, len(ragged), ragged[0], run.m, run.n, run.m),
         )
-
-
-def _measure(
-    linears: dict[str, nn.Linear], asked: list[str], replay: Callable[..., None], samples: int
-) -> dict[str, dict[str, Tensor]]:
-    """The statistics asked for: statistic -> name of a linear -> values; a linear that had no inputs is missing."""
-    found = {}
-    with ExitStack() as open_until_replayed:
-        if "squared_norms" in asked:
-            found["squared_norms"] = open_until_replayed.enter_context(accumulating_squares(linears))
-        if "hessian" in asked:
-            found["hessian"] = open_until_replayed.enter_context(accumulating_hessians(linears, samples))
-        if asked:
-            replay(advance=False)
-    if "squared_norms" in asked:
-        found["squared_norms"] = {name: total / samples for name, total in found["squared_norms"].items()}
-    return found
 
 
 def _check_finite(where: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> None:

@@ -8,21 +8,21 @@ shortcut matrix Q_before' Q_after turns the residual from one into the next.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from ..cli import progress
 from ..errors import UserError
-from ..models.checkpoint import load_tensors, save_tensors, write_checkpoint
+from ..models.checkpoint import load_tensors, save_tensors, waiting_beside, write_checkpoint
 from ..models.decoder import Decoder, LayerWalk, load_module
 from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 from ..plan.compressions import check_sliceable
+from .layerwise import LoadedLayer, visit
+from .statistics import accumulating
 
 
 def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
@@ -48,20 +48,18 @@ def slice_checkpoint(
     """
     config = decoder.model.config
     check_sliceable(config.model_type, config.to_dict(), decoder.checkpoint.folder)
-    walk = LayerWalk(decoder, list(windows.split(batch_size)))
+    walk = LayerWalk(decoder, windows.split(batch_size))
     centre = centring(decoder)
     _turn_states(walk, centre)
     first = principal_directions(walk, width)
     _turn_states(walk, first)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Layers wait on disk until the last basis is known: the whole checkpoint is written or nothing.
-    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
+    with waiting_beside(target) as waiting:
         last, files = first, {}
-        for name, layer, replay in walk.layers("slice"):
-            last = slice_layer_(walk, layer, replay, centre, last)
-            tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in layer.state_dict().items()}
-            files[name] = Path(waiting) / f"{name}.safetensors"
-            save_tensors(tensors, files[name], {})
+        for layer in visit(walk, "slice"):
+            last = slice_layer_(layer, centre, last)
+            tensors = {f"{layer.name}.{key}": tensor.cpu() for key, tensor in layer.module.state_dict().items()}
+            files[layer.name] = waiting / f"{layer.name}.safetensors"
+            save_tensors(tensors, files[layer.name], {})
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, file in progress(files.items(), "write"):
@@ -71,13 +69,12 @@ def slice_checkpoint(
         write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
 
 
-def slice_layer_(
-    walk: LayerWalk, layer: nn.Module, replay: Callable[..., None], centre: Tensor, before: Tensor
-) -> Tensor:
-    """Slice a loaded layer whose inputs, `walk.states`, are in the basis `before` [full width, width].
+def slice_layer_(loaded: LoadedLayer, centre: Tensor, before: Tensor) -> Tensor:
+    """Slice a loaded layer whose inputs, the walk's states, are in the basis `before` [full width, width].
 
     Its outputs take the place of the states, in the basis that is returned; centre: see `centring`.
     """
+    walk, layer = loaded.walk, loaded.module
     form, width = form_of(walk.decoder.model), before.shape[1]
     norms = {name: layer.get_submodule(name) for name in (form.attention_norm, form.mlp_norm)}
     attention, mlp = layer.get_submodule(form.attention_writer), layer.get_submodule(form.mlp_writer)
@@ -88,16 +85,16 @@ def slice_layer_(
     write_in_(attention, centre)
     _set_shortcut(layer, "attention_shortcut", before.T)
     _set_shortcut(layer, "mlp_shortcut", torch.eye(len(centre), dtype=torch.float64, device=centre.device))
-    with summing_covariance(layer.get_submodule(form.mlp_norm), centre) as covariance:
-        replay(advance=False)
-    middle = _directions(covariance, width)
+    with accumulating({"residual": layer.get_submodule(form.mlp_norm)}, _squares) as found:
+        loaded.replay(advance=False)
+    middle = _directions(found["residual"], width)
     write_in_(attention, middle)
     _set_shortcut(layer, "attention_shortcut", before.T @ middle)
     for name in form.mlp_readers:
         read_in_(layer.get_submodule(name), norms[form.mlp_norm], middle)
     write_in_(mlp, centre)
     _set_shortcut(layer, "mlp_shortcut", middle.T)
-    replay()
+    loaded.replay()
     after = principal_directions(walk, width)
     write_in_(mlp, after)
     _set_shortcut(layer, "mlp_shortcut", middle.T @ after)
@@ -146,21 +143,6 @@ def write_in_(module: nn.Linear | nn.Embedding, basis: Tensor) -> None:
 def principal_directions(walk: LayerWalk, width: int) -> Tensor:
     """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
     return _directions(sum(_squares(state.to(walk.decoder.device)) for state in walk.states), width)
-
-
-@contextmanager
-def summing_covariance(module: nn.Module, like: Tensor) -> Iterator[Tensor]:
-    """While open, sums x x' over all tokens x the module is given, in a matrix as large as `like`."""
-    covariance = torch.zeros_like(like)
-
-    def add(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        covariance.add_(_squares(inputs[0]))
-
-    handle = module.register_forward_pre_hook(add)
-    try:
-        yield covariance
-    finally:
-        handle.remove()
 
 
 def _squares(states: Tensor) -> Tensor:

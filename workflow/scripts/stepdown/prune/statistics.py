@@ -1,6 +1,9 @@
-"""What is summed of the inputs of linears while a layer is replayed: squares, and Hessians."""
+"""What is summed of the inputs of linears while a layer is replayed: squares, Hessians, whatever a function makes.
 
-from collections.abc import Iterator
+A linear that is given no token, such as an expert that none is routed to, is missing in what comes out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,20 +13,28 @@ from ..models.linears import watching_inputs
 
 
 @contextmanager
-def accumulating_squares(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """While open, sums x_j^2 over all tokens each linear is given: name -> float32 [in]."""
+def accumulating(modules: Mapping[str, nn.Module], of: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+    """While open, sums over batches what `of` makes of the inputs [..., in] of each module: name -> the sum."""
     sums: dict[str, Tensor] = {}
     latest: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def accumulate(name: str, inputs: Tensor) -> None:
+    def add(name: str, inputs: Tensor) -> None:
         nonlocal latest
-        # q, k and v (gate and up) are given the same tensor: its squares are summed once.
+        # q, k and v (gate and up) are given the same tensor: it is looked at once.
         if inputs is not latest[0]:
-            latest = inputs, squared_column_sums(inputs)
+            latest = inputs, of(inputs)
         sums[name] = sums[name] + latest[1] if name in sums else latest[1]
 
-    with watching_inputs(linears, accumulate):
+    with watching_inputs(modules, add):
         yield sums
+
+
+@contextmanager
+def accumulating_squares(linears: Mapping[str, nn.Linear], samples: int) -> Iterator[dict[str, Tensor]]:
+    """While open, sums x_j^2 over all tokens each linear is given; then the mean over samples: name -> float32 [in]."""
+    with accumulating(linears, squared_column_sums) as sums:
+        yield sums
+    sums.update({name: total / samples for name, total in sums.items()})
 
 
 def squared_column_sums(inputs: Tensor) -> Tensor:
@@ -32,7 +43,7 @@ def squared_column_sums(inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def accumulating_hessians(linears: dict[str, nn.Linear], samples: int) -> Iterator[dict[str, Tensor]]:
+def accumulating_hessians(linears: Mapping[str, nn.Linear], samples: int) -> Iterator[dict[str, Tensor]]:
     """While open, sums H = 2/samples * sum x x' over all tokens each linear is given: name -> float32 [in, in].
 
     Linears that are given the same tensor (q, k and v; gate and up) share one H; the first batch shows which those are.

@@ -1,0 +1,149 @@
+"""Visiting the decoder layers of a model one by one: what is gathered of their linears, and what their weights become.
+
+A method brings two functions. `gather(linears)` is a context manager that yields a dict by name of a linear: while it
+is open the calibration text goes through the layer, and hooks sum what the method asks of the inputs (forwards) or the
+gradients (backwards) of the linears. `make(name, weight, statistics)` returns what becomes of a weight.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.checkpoint import load_tensors, save_tensors
+from ..models.decoder import LayerWalk
+from ..models.linears import watching_inputs
+
+Gather = Callable[[dict[str, nn.Linear]], AbstractContextManager[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A decoder layer, the only one in memory, with the text about to go through it.
+
+    walk: its `states` are what the layer is given; place: the layer's number; linears: its prunable ones by stored
+    name, in the order the model has them; replay: sends every batch through, see `LayerWalk.layers`.
+    """
+
+    walk: LayerWalk
+    place: int
+    name: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    replay: Callable[..., None]
+
+    def gather(self, gather: Gather, advance: bool = False) -> dict[str, Any]:
+        """What `gather` makes of a replay; with `advance` it is also the one that the next layer goes on from."""
+        with gather(self.linears) as found:
+            self.replay(advance=advance)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the linears, by their names in the checkpoint, on the CPU."""
+        return {f"{name}.weight": linear.weight.detach().cpu() for name, linear in self.linears.items()}
+
+    def output(self, batch: int) -> Tensor:
+        """What the layer makes of the states of a batch: [sequences, tokens, hidden]."""
+        return self.walk.call(self.place, batch, self.walk.states[batch])
+
+    def called_together(self) -> list[list[str]]:
+        """The linears in the order they are called, those that are given the same tensor (q, k and v) together.
+
+        Those that are not given every token, such as experts, are left out.
+        """
+        groups: list[tuple[Tensor, list[str]]] = []
+
+        def record(name: str, inputs: Tensor) -> None:
+            if not groups or inputs is not groups[-1][0]:
+                groups.append((inputs, []))
+            groups[-1][1].append(name)
+
+        with watching_inputs(self.linears, record):
+            self.replay(advance=False, batch=0)
+        tokens = max((inputs.shape[:-1].numel() for inputs, _ in groups), default=0)
+        return [names for inputs, names in groups if inputs.shape[:-1].numel() == tokens]
+
+    def inputs(self, name: str, batch: int) -> Tensor:
+        """What a linear is given of a batch, float32 [tokens, in]; what comes after it in the layer is not computed."""
+
+        def leave(_: str, inputs: Tensor) -> None:
+            raise _Reached(inputs)
+
+        try:
+            with watching_inputs({name: self.linears[name]}, leave):
+                self.replay(advance=False, batch=batch)
+        except _Reached as reached:
+            return reached.args[0].flatten(0, -2).float()
+        raise RuntimeError("a linear that is called with the first batch is not called with another")
+
+
+class _Reached(Exception):
+    """Carries a linear's inputs out of its layer."""
+
+
+def visit(walk: LayerWalk, description: str | None, backwards: bool = False) -> Iterator[LoadedLayer]:
+    """The layers of a walk, one in memory at a time; each must be replayed with `advance=True` once."""
+    name_of = {module: name for name, module in walk.decoder.linears().items()}
+    for name, module, replay in walk.layers(description, backwards):
+        linears = {name_of[part]: part for part in module.modules() if part in name_of}
+        yield LoadedLayer(walk, int(name.rpartition(".")[2]), name, module, linears, replay)
+
+
+@torch.no_grad()
+def change_layers(
+    walk: LayerWalk,
+    description: str,
+    gather: Mapping[str, Gather],
+    make: Callable[[str, Tensor, dict[str, Any]], Tensor],
+) -> Iterator[LoadedLayer]:
+    """Change the layers in order, each by what it sees of those changed before it, and yield each once it is changed.
+
+    gather: by name of a statistic; with none, no text goes through the layers. make: (name of a linear, its weight
+    [out, in], its statistics by name, None where no token reached it) -> its new weight.
+    """
+    for layer in visit(walk, description):
+        with ExitStack() as opened:
+            found = {statistic: opened.enter_context(by(layer.linears)) for statistic, by in gather.items()}
+            if gather:
+                layer.replay(advance=False)
+        for name, linear in layer.linears.items():
+            statistics = {statistic: values.get(name) for statistic, values in found.items()}
+            linear.weight.copy_(make(name, linear.weight, statistics))
+        if gather:
+            layer.replay()
+        yield layer
+
+
+def visit_backwards(walk: LayerWalk) -> Iterator[LoadedLayer]:
+    """The layers from the last to the first; to replay one carries the gradients of the loss back through it.
+
+    The loss is the mean one of a batch. Of a layer's parameters, only those that `gather` sets to require gradients get
+    any. The states before each layer wait on disk for the way back, so that one layer is in memory there too.
+    """
+    with TemporaryDirectory() as waiting:
+        for layer in visit(walk, "forward"):
+            states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
+            save_tensors(states, Path(waiting) / f"{layer.place}.safetensors", {})
+            layer.replay()
+        gradients = [gradient.to(walk.decoder.states_device) for gradient in walk.loss_gradients()]
+        for layer in visit(walk, "backward", backwards=True):
+            states, _ = load_tensors(Path(waiting) / f"{layer.place}.safetensors")
+            walk.states = [states[str(number)] for number in range(len(states))]
+            layer.module.requires_grad_(False)
+            yield replace(layer, replay=partial(_replay_backwards, layer, gradients))
+
+
+def _replay_backwards(layer: LoadedLayer, gradients: list[Tensor], advance: bool = True) -> None:
+    """With `advance`, the gradients by the layer's outputs, one per batch, become those by its inputs."""
+    decoder = layer.walk.decoder
+    for number, state in enumerate(layer.walk.states):
+        state = state.detach().to(decoder.device).requires_grad_()
+        layer.walk.call(layer.place, number, state).backward(gradients[number].to(decoder.device))
+        if advance:
+            gradients[number] = state.grad.to(decoder.states_device)
