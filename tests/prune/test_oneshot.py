@@ -248,7 +248,7 @@ def test_a_linear_that_sees_no_token_is_pruned_by_magnitude_and_named(model, tmp
             yield found
         found.pop("model.layers.1.mlp.up_proj", None)
 
-    monkeypatch.setitem(oneshot.STATISTICS, "squared_norms", without_one)
+    monkeypatch.setitem(oneshot.GATHERERS, "squared_norms", without_one)
     prune(model, "wanda-2of4", tmp_path / "pruned")
     assert caplog.messages == ["model.layers.1.mlp.up_proj saw no token of the calibration text: pruned by magnitude"]
     dense, pruned = weights(model)[WEIGHT], weights(tmp_path / "pruned")[WEIGHT]

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.models.checkpoint import save_tensors
-from stepdown.models.decoder import open_decoder
-from stepdown.prune.calibration import read_windows, squared_input_norms
+from stepdown.prune.calibration import open_model, read_windows, squared_input_norms
 
 
 def main(arguments: argparse.Namespace) -> None:
     windows, calibration = read_windows(arguments)
-    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+    decoder = open_model(arguments)
     norms = squared_input_norms(decoder, windows, arguments.batch_size)
     protocol = f"{arguments.samples} samples x {arguments.sequence_length} tokens, seed {arguments.seed}"
     metadata = decoder.checkpoint.identity() | {"text": calibration["text"], "protocol": protocol}
@@ -19,8 +18,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    cli.add_model_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    parser = cli.calibration_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="safetensors file, float32 [in] per matrix")
     cli.run(main, parser)

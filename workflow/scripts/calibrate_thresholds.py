@@ -5,15 +5,14 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.files import write_json
-from stepdown.models.decoder import open_decoder
 from stepdown.plan.compressions import parse_dynamic
 from stepdown.prune.activation_sparsity import FORMAT, calibrate_thresholds
-from stepdown.prune.calibration import read_windows
+from stepdown.prune.calibration import open_model, read_windows
 
 
 def main(arguments: argparse.Namespace) -> None:
     asked = parse_dynamic(arguments.run)
-    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+    decoder = open_model(arguments)
     windows, calibration = read_windows(arguments)
     linears = calibrate_thresholds(decoder, windows, arguments.batch_size, asked)
     sizes = {name: decoder.model.get_submodule(name).weight.numel() for name in linears}
@@ -31,9 +30,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help="uniform-SHARE or greedy-SHARE, such as uniform-0.5")
-    cli.add_model_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    parser = cli.calibration_parser(__doc__, run="uniform-SHARE or greedy-SHARE, such as uniform-0.5")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of thresholds")
     cli.run(main, parser)

@@ -11,7 +11,7 @@ from stepdown.measure import evaluation
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
-    base = json.loads(arguments.base_eval.read_text())["perplexity"]
+    base = evaluation.read_base(arguments.base_eval)
     training = json.loads(arguments.training.read_text())
     folders = {"pruned": arguments.pruned_model, "refitted": arguments.refitted_model}
     folders = {when: folder for when, folder in folders.items() if folder}
@@ -22,9 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
     # Without epochs the finetuned model is the one before it.
     last = list(found.values())[-1]
     found["finetuned"] = evaluation.perplexities(arguments.finetuned_model, settings) if training["epochs"] else last
-    result["perplexity"] = {
-        text: {"base": base[text]["base"], **{when: values[text] for when, values in found.items()}} for text in last
-    }
+    result["perplexity"] = evaluation.beside_base(base, found)
     result["finetuning"] = {key: training[key] for key in ("method", "epochs", "tokens")}
     write_json(arguments.output, result | {"protocol": evaluation.protocol(settings)})
 
@@ -35,8 +33,7 @@ if __name__ == "__main__":
     parser.add_argument("--refitted-model", type=Path)
     parser.add_argument("--finetuned-model", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True, help="training.json of the finetuned model")
-    parser.add_argument("--base-eval", type=Path, required=True, help="eval.json of the base model, same settings")
-    parser.add_argument("--step", required=True, help="name of the step, such as iter3")
+    evaluation.add_step_arguments(parser)
     cli.add_device_arguments(parser)
     evaluation.add_arguments(parser)
     cli.run(main, parser)

@@ -8,10 +8,11 @@ from stepdown.measure import evaluation
 
 
 def main(arguments: argparse.Namespace) -> None:
-    found = evaluation.perplexities(arguments.model, evaluation.settings_of(arguments))
+    settings = evaluation.settings_of(arguments)
+    found = evaluation.perplexities(arguments.model, settings)
     result = evaluation.describe_model("iter0", arguments.model_name, arguments.masks, arguments.model)
     result["perplexity"] = {text: {"base": value} for text, value in found.items()}
-    write_json(arguments.output, result | {"protocol": evaluation.protocol(evaluation.settings_of(arguments))})
+    write_json(arguments.output, result | {"protocol": evaluation.protocol(settings)})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from stepdown.prune.activation_sparsity import switch_on
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
-    base = json.loads(arguments.base_eval.read_text())["perplexity"]
+    base = evaluation.read_base(arguments.base_eval)
     report = json.loads(arguments.masks.read_text())
     prepare = (lambda decoder: switch_on(decoder.model, arguments.masks)) if "linears" in report else None
     found = evaluation.perplexities(arguments.model, settings, prepare)
@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace) -> None:
         "step": arguments.step,
         "iteration": 1,
         "model": arguments.model_name,
-        "perplexity": {text: {"base": base[text]["base"], "pruned": value} for text, value in found.items()},
+        "perplexity": evaluation.beside_base(base, {"pruned": found}),
         "pruning": {"method": method, "pattern": pattern, "layers": kind},
         "sparsity": remaining(arguments.model, arguments.base_model, arguments.trust_remote_code),
         "size": size_of(arguments.model),
@@ -37,8 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base-model", type=Path, required=True, help="folder of the dense model")
-    parser.add_argument("--base-eval", type=Path, required=True, help="eval.json of the base model, same settings")
-    parser.add_argument("--step", required=True, help="name of the step, such as structured/slicegpt-0.25")
+    evaluation.add_step_arguments(parser)
     cli.add_model_arguments(parser)
     evaluation.add_arguments(parser)
     cli.run(main, parser)

@@ -3,14 +3,12 @@
 import argparse
 import json
 from fractions import Fraction
-from pathlib import Path
 
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import write_json
-from stepdown.models.decoder import open_decoder
 from stepdown.plan.runs import FORM, PATTERNS, parse_run
-from stepdown.prune.calibration import read_windows
+from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.methods import load_method, method_names
 from stepdown.prune.oneshot import prune_checkpoint
@@ -22,7 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = parse_run(arguments.run, method_names())
     load_method(run.method)
     windows, calibration = read_windows(arguments)
-    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+    decoder = open_model(arguments)
     report = prune_checkpoint(
         decoder, run, windows, arguments.batch_size, arguments.output_model, _tiers(arguments), _layers(arguments)
     )
@@ -50,10 +48,7 @@ def _layers(arguments: argparse.Namespace) -> LayerOptions:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help=f"{FORM}; patterns: {', '.join(PATTERNS)}")
-    cli.add_model_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    parser = cli.calibration_parser(__doc__, run=f"{FORM}; patterns: {', '.join(PATTERNS)}")
     tiers = parser.add_argument_group("three-tier and hybrid")
     tiers.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")
     tiers.add_argument("--k", type=int, default=10, help="weights kept in a TopK block (default: %(default)s)")
@@ -70,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--owl-m", type=float, default=5.0, help="an outlier is above M times the mean (default: 5)")
     layers.add_argument("--layer-sparsity", default="{}", help="JSON: pattern of names -> sparsity")
     layers.add_argument("--meet-overall", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output-model", type=Path, required=True, help="folder of the pruned checkpoint")
-    parser.add_argument("--output-report", type=Path, required=True, help="JSON: what came of every matrix")
+    cli.add_output_arguments(parser, "pruned", report="what came of every matrix")
     return parser
 
 

@@ -1,13 +1,12 @@
 """Make a model smaller: fewer decoder layers (shortgpt-6) or a narrower residual (slicegpt-0.25)."""
 
 import argparse
-from pathlib import Path
 
 from stepdown import cli
 from stepdown.files import write_json
-from stepdown.models.decoder import Decoder, open_decoder
+from stepdown.models.decoder import Decoder
 from stepdown.plan.compressions import REMOVALS, Structured, check_structured, parse_structured
-from stepdown.prune.calibration import read_windows
+from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.layer_removal import choose_layers, write_without_layers
 from stepdown.prune.slicing import slice_checkpoint, sliced_width
 
@@ -15,9 +14,9 @@ from stepdown.prune.slicing import slice_checkpoint, sliced_width
 def main(arguments: argparse.Namespace) -> None:
     asked = parse_structured(arguments.run)
     check_structured(asked, arguments.model)
-    decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+    decoder = open_model(arguments)
     windows, calibration = read_windows(arguments)
-    identity = {"base_model": decoder.checkpoint.identity()["base_model"], "iteration": "1"}
+    identity = decoder.checkpoint.identity() | {"iteration": "1"}
     compress = remove_layers if asked.method == "shortgpt" else cut_residual
     outcome = compress(arguments, asked, decoder, windows, identity)
     report = {"run": arguments.run, "method": asked.method, **identity, **outcome, "calibration": calibration}
@@ -40,14 +39,10 @@ def cut_residual(arguments: argparse.Namespace, asked: Structured, decoder: Deco
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, help="shortgpt-LAYERS or slicegpt-RATIO, such as slicegpt-0.25")
-    cli.add_model_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    parser = cli.calibration_parser(__doc__, run="shortgpt-LAYERS or slicegpt-RATIO, such as slicegpt-0.25")
     parser.add_argument("--removal", choices=REMOVALS, default=REMOVALS[0], help="how layers are chosen")
     parser.add_argument("--round-to", type=int, default=8, help="the width is a multiple of it (default: %(default)s)")
-    parser.add_argument("--output-model", type=Path, required=True, help="folder of the smaller checkpoint")
-    parser.add_argument("--output-report", type=Path, required=True, help="JSON: what was taken away and why")
+    cli.add_output_arguments(parser, "smaller", report="what was taken away and why")
     return parser
 
 

@@ -5,18 +5,14 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.models.checkpoint import rewriting_layers
-from stepdown.models.decoder import open_decoder
 from stepdown.models.step_masks import read_step_masks
-from stepdown.prune.calibration import read_windows
+from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.refit import refit_layers
 
 
 def main(arguments: argparse.Namespace) -> None:
     windows, _ = read_windows(arguments)
-    dense, pruned = (
-        open_decoder(folder, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
-        for folder in (arguments.dense_model, arguments.model)
-    )
+    dense, pruned = open_model(arguments, arguments.dense_model), open_model(arguments)
     masks = read_step_masks(arguments.masks, pruned.checkpoint)
     with rewriting_layers(pruned.checkpoint, arguments.output_model, masks.identity) as write:
         for layer in refit_layers(dense, pruned, masks.keep, windows, arguments.batch_size, arguments.damping):
@@ -24,9 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    cli.add_model_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    parser = cli.calibration_parser(__doc__)
     parser.add_argument("--dense-model", type=Path, required=True, help="folder of the model it was pruned from")
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or the report of a one-shot run")
     parser.add_argument("--damping", type=float, default=0.01, help="hold to the pruned weights (default: %(default)s)")

@@ -53,14 +53,28 @@ def add_hidden_states_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden-states", choices=("device", "cpu"), default="device", help=help)
 
 
-def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
-    """The calibration text and what is taken of it, as `calibration.read_windows` reads it."""
+def calibration_parser(description: str, run: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a script that sends calibration text through a model, as `prune.calibration` reads its arguments.
+
+    run: what the name `--run` says, where the script does one of several things.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    if run:
+        parser.add_argument("--run", required=True, help=run)
+    add_model_arguments(parser)
     parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
     parser.add_argument("--samples", type=int, default=128, help="windows of text (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     add_hidden_states_argument(parser)
+    return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, checkpoint: str, report: str) -> None:
+    """Where a new checkpoint goes and where what is to be said of it, both in a few words."""
+    parser.add_argument("--output-model", type=Path, required=True, help=f"folder of the {checkpoint} checkpoint")
+    parser.add_argument("--output-report", type=Path, required=True, help=f"JSON: {report}")
 
 
 def progress(items: Iterable, description: str, total: int | None = None) -> Iterable:

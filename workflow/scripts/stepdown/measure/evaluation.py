@@ -1,7 +1,8 @@
 """What an eval.json says of a model: perplexity on several texts, sparsity, tiers, and the protocol in words."""
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +104,26 @@ def protocol(settings: Settings) -> str:
     )
 
 
+def read_base(path: Path) -> dict[str, float]:
+    """Perplexity of the base model by the name of a text, from its eval.json."""
+    perplexity = json.loads(path.read_text())["perplexity"]
+    return {text: values["base"] for text, values in perplexity.items()}
+
+
+def beside_base(base: Mapping[str, float], found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """What an eval.json says: text -> when it was measured -> perplexity. found: the same the other way round."""
+    texts = next(iter(found.values()))
+    return {text: {"base": base[text]} | {when: values[text] for when, values in found.items()} for text in texts}
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is evaluated beside the base model."""
+    parser.add_argument("--base-eval", type=Path, required=True, help="eval.json of the base model, same settings")
+    parser.add_argument("--step", required=True, help="name of the step, such as iter3 or structured/slicegpt-0.25")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both evaluation scripts ask for."""
+    """What every evaluation script asks for."""
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or a one-shot report")
     parser.add_argument("--model-name", required=True, help="what the result calls the base model")
     parser.add_argument("--text", nargs="+", default=["pydoc"], help="corpus names, paths, or JSON of paths per split")

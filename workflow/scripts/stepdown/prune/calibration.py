@@ -11,16 +11,22 @@ from ..cli import log
 from ..errors import UserError
 from ..files import check_length
 from ..models.checkpoint import load_tensors
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder, LayerWalk, open_decoder
 from ..models.tier_maps import TierMap
 from ..text import calibration_windows, describe, parse_text
 from .layerwise import visit
 from .statistics import accumulating_squares
 
 
+def open_model(arguments: argparse.Namespace, folder: Path | None = None) -> Decoder:
+    """The model of a command line (`cli.calibration_parser`), or that of another folder, opened the same way."""
+    folder = folder or arguments.model
+    return open_decoder(folder, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
+
+
 def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
-    """The windows a command line asks for (`cli.add_calibration_arguments`), int64 [samples, tokens], and what they are
-    in words and numbers for a report."""
+    """The windows a command line asks for (`cli.calibration_parser`), int64 [samples, tokens], and what they are in
+    words and numbers for a report."""
     from transformers import AutoTokenizer
 
     text = parse_text(arguments.text)

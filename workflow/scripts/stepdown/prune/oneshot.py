@@ -23,8 +23,8 @@ from .layerwise import LoadedLayer, change_layers
 from .methods import arguments_of, load_method
 from .statistics import accumulating_hessians, accumulating_squares
 
-# How what a method may ask for is gathered.
-STATISTICS = {"squared_norms": accumulating_squares, "hessian": accumulating_hessians}
+# How each of `methods.STATISTICS` is gathered.
+GATHERERS = {"squared_norms": accumulating_squares, "hessian": accumulating_hessians}
 
 
 def prune_checkpoint(
@@ -42,7 +42,7 @@ def prune_checkpoint(
     def pattern_for(name: str, weight: Tensor) -> Pattern:
         return pattern_of(run, sparsities[name], tiers, weight)
 
-    identity = {"base_model": decoder.checkpoint.identity()["base_model"], "iteration": "1"}
+    identity = decoder.checkpoint.identity() | {"iteration": "1"}
     with rewriting_layers(decoder.checkpoint, target, identity) as write:
         for layer in prune_layers(decoder, windows, batch_size, run.method, pattern_for):
             zeros |= {name: count_zeros(linear.weight) for name, linear in layer.linears.items()}
@@ -89,7 +89,7 @@ def prune_layers(
     Raises `UserError` naming the linear whose weights or inputs are not finite, or whose pattern does not hold.
     """
     prune = load_method(method)
-    asked = {statistic: by for statistic, by in STATISTICS.items() if statistic in arguments_of(prune)}
+    asked = {statistic: by for statistic, by in GATHERERS.items() if statistic in arguments_of(prune)}
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
         _check_finite(f"{decoder.checkpoint.folder}: {name}", weight, statistics)

@@ -9,15 +9,24 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..cli import progress
 from ..errors import UserError
+from ..models.checkpoint import rewrite_checkpoint
+from ..models.decoder import Decoder
+from ..models.pruning_reports import describe_pruning
+from ..plan.runs import Run
+from ..prune.calibration import squared_input_norms
 from ..tensors.masks import count_zeros, keep_above_rank, keep_all_but_smallest
-from ..tensors.patterns import Pattern
+from ..tensors.patterns import Pattern, TierOptions, pattern_of
 from ..tensors.saliency import wanda
+
+# Windows of the training text on which Wanda's norms are measured.
+CALIBRATION_WINDOWS = 128
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,18 @@ def keep_rising(saliency: Tensor, keep: Tensor, share: float) -> Tensor:
 
 
 def saliency_and_last_mask(
-    weight: Tensor, squared_norms: Tensor | None, pattern: Pattern, sparsity: Fraction, in_groups: bool
+    run: Run, weight: Tensor, pattern: Pattern, squared_norms: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The saliency of a weight [out, in], and what a pattern keeps by it in the end.
 
-    squared_norms: [in], of its inputs, for Wanda, which compares the weights of a row; None for magnitude, which
+    squared_norms: [in], of its inputs, for Wanda, which compares the weights of a row; magnitude asks for none and
     compares those of the whole matrix, unless the pattern is one of groups.
     """
-    if squared_norms is None:
-        saliency = weight.abs()
-        return saliency, last_mask(saliency, pattern, sparsity, by_group=in_groups)
-    saliency = wanda(weight, squared_norms.to(weight.device))
-    return saliency, last_mask(saliency, pattern, sparsity, by_group=True)
+    if run.method == "wanda":
+        saliency = wanda(weight, squared_norms.to(weight.device))
+        return saliency, last_mask(saliency, pattern, run.sparsity, by_group=True)
+    saliency = weight.abs()
+    return saliency, last_mask(saliency, pattern, run.sparsity, by_group=run.pattern == "n-of-m")
 
 
 def last_mask(saliency: Tensor, pattern: Pattern, sparsity: Fraction, by_group: bool) -> Tensor:
@@ -70,6 +79,42 @@ def last_mask(saliency: Tensor, pattern: Pattern, sparsity: Fraction, by_group: 
         return pattern.keep(saliency)
     count = int(saliency.numel() * sparsity)
     return keep_all_but_smallest(saliency.float().reshape(1, -1), count).view(saliency.shape)
+
+
+def prune_checkpoint(
+    decoder: Decoder, model: nn.Module, run: Run, windows: Tensor, settings: GradualSettings, target: Path
+) -> tuple[dict, list[float]]:
+    """Write the checkpoint of a run to `target`; returns its report, see `pruning_reports.describe_pruning`, and the
+    losses on the way.
+
+    model: that of the decoder, whole and in float32; it is trained. windows: int64 [n, length]; Wanda's norms are
+    measured on the first of them. Raises `UserError` when the pattern does not hold in the end.
+    """
+    own = {stored: name.removesuffix(".weight") for name, stored in decoder.stored.items()}
+    names = {own[f"{name}.weight"]: name for name in decoder.linears()}
+    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+    patterns = {name: pattern_of(run, run.sparsity, TierOptions(), weight) for name, weight in weights.items()}
+    norms: dict[str, Tensor] = {}
+    if run.method == "wanda":
+        norms = squared_input_norms(decoder, windows[:CALIBRATION_WINDOWS], settings.batch_size)
+
+    def keep_of(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return saliency_and_last_mask(run, weight.detach(), patterns[name], norms.get(names[name]))
+
+    losses = prune_while_training(model, windows, names, keep_of, settings)
+    for name, pattern in patterns.items():
+        if fault := pattern.fault(weights[name].cpu()):
+            raise UserError(f"{names[name]}: the pattern does not hold: {fault}; train for more steps than --updates")
+    identity = decoder.checkpoint.identity() | {"iteration": "1"}
+    trained = {decoder.stored[name]: tensor for name, tensor in model.state_dict().items() if name in decoder.stored}
+
+    def replace(tensors: dict[str, Tensor]) -> None:
+        tensors.update({name: trained[name].cpu() for name in tensors if name in trained})
+
+    rewrite_checkpoint(decoder.checkpoint, target, replace, identity)
+    shapes = {names[name]: tuple(weight.shape) for name, weight in weights.items()}
+    zeros = {names[name]: count_zeros(weight) for name, weight in weights.items()}
+    return describe_pruning(run, identity["base_model"], shapes, dict.fromkeys(shapes, run.sparsity), zeros), losses
 
 
 def prune_while_training(
