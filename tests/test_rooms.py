@@ -1,4 +1,4 @@
-"""The package is a house of rooms: a room imports only from those below it, and nobody imports Snakemake."""
+"""The package is a house of rooms: a room imports only from those below it, nobody imports Snakemake, none is long."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -10,6 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "workflow/scripts/stepdown"
 # From the top down; what is not in a room is the ground that all stand on.
 ROOMS = ("report", "recover", "prune", "measure", "packed", "models", "tensors", "plan", "ground")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(PACKAGE.parent.glob("*.py"))
+# What a reader takes in: a function on a screen, a module that is one thing.
+FUNCTION_LINES, MODULE_LINES = 60, 480
 
 
 def place(module):
@@ -53,3 +56,13 @@ def test_no_module_imports_itself_over_others():
 
 def test_every_room_is_a_folder():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS) - {"ground"}
+
+
+@pytest.mark.parametrize("module", [*MODULES, *SCRIPTS], ids=lambda module: str(module.relative_to(PACKAGE.parent)))
+def test_nothing_is_longer_than_a_reader_takes_in(module):
+    text = module.read_text()
+    assert len(text.splitlines()) <= MODULE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"

@@ -1,4 +1,4 @@
-"""The engine under what visits decoder layers: methods of two functions, forwards and backwards; one layer in memory."""
+"""The engine under what visits decoder layers: methods of two functions, forwards and backwards, a layer in memory."""
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
