@@ -1,6 +1,5 @@
 """What the workflow would run and when, with every script replaced by one that only leaves its outputs behind."""
 
-import ast
 import json
 import os
 import re
@@ -12,7 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepdown.plan.fingerprints import code_files, imported_names
+
 ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "workflow/scripts"
 # Runs instead of the script that imports it. What it leaves depends on all that it was given, as real results do.
 STUB = """
 import hashlib, os, sys
@@ -86,7 +88,7 @@ def copy_project(folder):
         else:
             shutil.copy(source, folder / name)
     (folder / "workflow/scripts/stub.py").write_text(STUB)
-    for script in set((ROOT / "workflow/scripts").glob("*.py")) - {ROOT / "workflow/scripts/html_report.py"}:
+    for script in set(SCRIPTS.glob("*.py")) - {SCRIPTS / "html_report.py"}:
         # The imports stay, as they decide what reruns.
         (folder / "workflow/scripts" / script.name).write_text(f"import stub\n{script.read_text()}")
     write_model(folder / "resources/pydoc-llama")
@@ -372,32 +374,8 @@ def test_environments_hold_what_their_scripts_import(path):
     blocks = [block for block in re.split(r"\nrule ", rules) if f"../envs/{path.name}" in block]
     scripts = {re.search(r'SCRIPTS / "(\w+\.py)"', block)[1] for block in blocks}
     assert scripts
-    imported = set().union(*(third_party(ROOT / "workflow/scripts" / script, set()) for script in scripts))
+    files = set().union(*(code_files(SCRIPTS, script) for script in scripts))
+    imported = {name[0] for file in files for name in imported_names(SCRIPTS, file) if name}
+    imported -= {*sys.stdlib_module_names, "stepdown"}
     # Snakemake's environment alone checks the configuration.
     assert imported - {"yaml", "jsonschema"} <= {name.replace("-", "_") for name in pins(path.read_text().splitlines())}
-
-
-def third_party(path, seen):
-    """Names of the packages a script imports, itself or through stepdown's modules."""
-    seen.add(path)
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            names.update({module} | {f"{module.rstrip('.')}.{alias.name}" for alias in node.names})
-    for name in names:
-        for file in package_files(name, path):
-            if file not in seen:
-                names = names | third_party(file, seen)
-    top = {name.partition(".")[0] for name in names}
-    return top - sys.stdlib_module_names - {"", "stepdown"}
-
-
-def package_files(name, importer):
-    """The file of stepdown's own that an import statement names, if any: "stepdown.plan.runs" or "..plan.runs"."""
-    dots = len(name) - len(name.lstrip("."))
-    folder = importer.parents[dots - 1] if dots else ROOT / "workflow/scripts"
-    place = folder.joinpath(*name.lstrip(".").split("."))
-    return [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]

@@ -22,8 +22,8 @@ rule prune_structured:
     params:
         script=SCRIPTS / "prune_structured.py",
         code=code_hash("prune_structured.py"),
-        run=lambda wildcards: compression(f"structured/{wildcards.run}"),
-        folder=model_folder("iter0"),
+        run=compression("structured/{run}"),
+        folder=folder_of("model"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
@@ -35,14 +35,14 @@ rule prune_structured:
     message:
         "structured/{wildcards.run}: making the model smaller"
     shell:
-        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
-        " {params.structured} --seed {params.seed} --device {params.device} {params.trust}"
-        " --output-model {params.smaller} --output-report {output.report} --log {log}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " {params.structured:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.smaller:q} --output-report {output.report:q} --log {log:q}"
 
 
 rule quantise:
     input:
-        model=lambda wildcards: model_ready(wildcards.source),
+        model=source_model,
     output:
         model="results/quantised/{run}/{source}/model/model.safetensors.index.json",
         report="results/quantised/{run}/{source}/quantisation.json",
@@ -60,8 +60,8 @@ rule quantise:
     params:
         script=SCRIPTS / "quantise.py",
         code=code_hash("quantise.py"),
-        run=lambda wildcards: compression(f"quantised/{wildcards.run}/{wildcards.source}"),
-        folder=lambda wildcards: model_folder(wildcards.source),
+        run=compression("quantised/{run}/{source}"),
+        folder=folder_of("model"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
@@ -72,14 +72,14 @@ rule quantise:
     message:
         "quantised/{wildcards.run}/{wildcards.source}: quantising"
     shell:
-        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
-        " --seed {params.seed} --device {params.device} {params.trust}"
-        " --output-model {params.quantised} --output-report {output.report} --log {log}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.quantised:q} --output-report {output.report:q} --log {log:q}"
 
 
 rule calibrate_thresholds:
     input:
-        model=lambda wildcards: model_ready(wildcards.source),
+        model=source_model,
     output:
         "results/dynamic/{run}/{source}/thresholds.json",
     log:
@@ -96,8 +96,8 @@ rule calibrate_thresholds:
     params:
         script=SCRIPTS / "calibrate_thresholds.py",
         code=code_hash("calibrate_thresholds.py"),
-        run=lambda wildcards: compression(f"dynamic/{wildcards.run}/{wildcards.source}"),
-        folder=lambda wildcards: model_folder(wildcards.source),
+        run=compression("dynamic/{run}/{source}"),
+        folder=folder_of("model"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
@@ -107,14 +107,14 @@ rule calibrate_thresholds:
     message:
         "dynamic/{wildcards.run}/{wildcards.source}: thresholds of its activations"
     shell:
-        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
-        " --seed {params.seed} --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " --seed {params.seed:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
 
 
 rule evaluate_compressed:
     input:
-        model=lambda wildcards: model_ready(wildcards.compressed),
-        report=lambda wildcards: compression_report(wildcards.compressed),
+        model=compressed_model,
+        report=compression_report_of,
         base_model=model_ready("iter0"),
         base="results/iter0/eval.json",
     output:
@@ -133,9 +133,9 @@ rule evaluate_compressed:
     params:
         script=SCRIPTS / "evaluate_compressed.py",
         code=code_hash("evaluate_compressed.py"),
-        folder=lambda wildcards: model_folder(wildcards.compressed),
-        dense=model_folder("iter0"),
-        name=MODEL_NAME,
+        folder=folder_of("model"),
+        dense=folder_of("base_model"),
+        name=as_written(MODEL_NAME),
         texts=text_arguments("evaluation"),
         texts_content=text_fingerprint("evaluation"),
         options=section_flags("evaluation"),
@@ -144,9 +144,9 @@ rule evaluate_compressed:
     message:
         "{wildcards.compressed}: evaluating"
     shell:
-        "python {params.script} --model {params.folder} --base-model {params.dense} --masks {input.report}"
-        " --base-eval {input.base} --step {wildcards.compressed} --model-name {params.name:q} --text {params.texts:q}"
-        " {params.options} --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --base-model {params.dense:q} --masks {input.report:q}"
+        " --base-eval {input.base:q} --step {wildcards.compressed:q} --model-name {params.name:q} --text {params.texts:q}"
+        " {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
 
 
 # All in one job, so that the times compare; on a machine of its own where it has all threads.
@@ -171,15 +171,15 @@ rule measure:
     params:
         script=SCRIPTS / "measure.py",
         code=code_hash("measure.py"),
-        steps=[word for step in ALL_STEPS for word in measured(step)],
+        steps=measured,
         options=flags({**config["speed"], "measured": None}),
         device=config["device"],
         trust=TRUST,
     message:
         "the size and the speed of all models"
     shell:
-        "python {params.script} {params.steps} {params.options} --device {params.device} {params.trust}"
-        " --output {output} --log {log}"
+        "python {params.script:q} {params.steps:q} {params.options:q} --device {params.device:q} {params.trust:q}"
+        " --output {output:q} --log {log:q}"
 
 
 # Masks are chosen while the model trains; finetuning and evaluation are those of a one-shot run.
@@ -203,8 +203,8 @@ rule prune_gradually:
     params:
         script=SCRIPTS / "prune_gradually.py",
         code=code_hash("prune_gradually.py"),
-        run=lambda wildcards: gradual_run(wildcards.run),
-        folder=model_folder("iter0"),
+        run=gradual_run,
+        folder=folder_of("model"),
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
         options=flags({key: config["recovery"][key] for key in GRADUAL_KEYS}),
@@ -216,6 +216,6 @@ rule prune_gradually:
     message:
         "gradual/{wildcards.run}: pruning while the model trains"
     shell:
-        "python {params.script} --run {params.run} --model {params.folder} --text {params.text:q} {params.options}"
-        " {params.gradual} --seed {params.seed} --device {params.device} {params.trust}"
-        " --output-model {params.pruned} --output-report {output.report} --log {log}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " {params.gradual:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.pruned:q} --output-report {output.report:q} --log {log:q}"

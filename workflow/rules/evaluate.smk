@@ -20,8 +20,8 @@ rule evaluate_base:
     params:
         script=SCRIPTS / "evaluate_base.py",
         code=code_hash("evaluate_base.py"),
-        folder=model_folder("iter0"),
-        name=MODEL_NAME,
+        folder=folder_of("tier_map"),
+        name=as_written(MODEL_NAME),
         texts=text_arguments("evaluation"),
         texts_content=text_fingerprint("evaluation"),
         options=section_flags("evaluation"),
@@ -30,18 +30,16 @@ rule evaluate_base:
     message:
         "iter0: evaluating the base model"
     shell:
-        "python {params.script} --model {params.folder} --masks {input.tier_map} --model-name {params.name:q}"
-        " --text {params.texts:q} {params.options} --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --masks {input.tier_map:q} --model-name {params.name:q}"
+        " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
 
 
 rule evaluate:
     input:
         pruned="results/{step}/pruned_model/model.safetensors.index.json",
-        refitted=lambda wildcards: (
-            f"{start_folder(wildcards.step)}/model.safetensors.index.json" if is_refitted(wildcards.step) else []
-        ),
+        refitted=branch(is_refitted, then="results/{step}/refitted_model/model.safetensors.index.json"),
         finetuned="results/{step}/finetuned_model/model.safetensors.index.json",
-        masks=lambda wildcards: masks(wildcards.step),
+        masks=masks_of,
         training="results/{step}/training.json",
         base="results/iter0/eval.json",
     output:
@@ -61,11 +59,9 @@ rule evaluate:
         script=SCRIPTS / "evaluate.py",
         code=code_hash("evaluate.py"),
         pruned=subpath(input.pruned, parent=True),
-        refitted=lambda wildcards: (
-            flags({"refitted_model": start_folder(wildcards.step)}) if is_refitted(wildcards.step) else []
-        ),
+        refitted=refitted_flags,
         finetuned=subpath(input.finetuned, parent=True),
-        name=MODEL_NAME,
+        name=as_written(MODEL_NAME),
         texts=text_arguments("evaluation"),
         texts_content=text_fingerprint("evaluation"),
         options=section_flags("evaluation"),
@@ -74,7 +70,7 @@ rule evaluate:
     message:
         "{wildcards.step}: evaluating the pruned and the finetuned model"
     shell:
-        "python {params.script} --pruned-model {params.pruned} {params.refitted} --finetuned-model {params.finetuned}"
-        " --masks {input.masks} --training {input.training} --base-eval {input.base}"
-        " --step {wildcards.step} --model-name {params.name:q} --text {params.texts:q} {params.options}"
-        " --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --pruned-model {params.pruned:q} {params.refitted:q} --finetuned-model {params.finetuned:q}"
+        " --masks {input.masks:q} --training {input.training:q} --base-eval {input.base:q}"
+        " --step {wildcards.step:q} --model-name {params.name:q} --text {params.texts:q} {params.options:q}"
+        " --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"

@@ -24,14 +24,13 @@ rule prune_oneshot:
     params:
         script=SCRIPTS / "prune_oneshot.py",
         code=code_hash("prune_oneshot.py"),
-        # The script finds the method by its name, so its code is not among what the script imports.
-        method=lambda wildcards: code_hash(f"stepdown/prune/methods/{run_of(wildcards.run).method}.py"),
-        folder=model_folder("iter0"),
+        method=method_hash,
+        folder=folder_of("model"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
-        tiers=lambda wildcards: tier_options(f"oneshot/{wildcards.run}"),
-        layers=lambda wildcards: layer_options(f"oneshot/{wildcards.run}"),
+        tiers=tier_options,
+        layers=layer_options,
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
@@ -39,6 +38,6 @@ rule prune_oneshot:
     message:
         "oneshot/{wildcards.run}: pruning"
     shell:
-        "python {params.script} --run {wildcards.run} --model {params.folder} --text {params.text:q} {params.options}"
-        " {params.tiers} {params.layers:q} --seed {params.seed} --device {params.device} {params.trust}"
-        " --output-model {params.pruned} --output-report {output.report} --log {log}"
+        "python {params.script:q} --run {wildcards.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " {params.tiers:q} {params.layers:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.pruned:q} --output-report {output.report:q} --log {log:q}"

@@ -27,5 +27,5 @@ rule pack:
     message:
         "{wildcards.step}: the packed model"
     shell:
-        "python {params.script} --model {params.finetuned} --tier-map {input.tier_map} --output {params.folder}"
-        " --log {log}"
+        "python {params.script:q} --model {params.finetuned:q} --tier-map {input.tier_map:q} --output {params.folder:q}"
+        " --log {log:q}"

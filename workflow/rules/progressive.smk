@@ -16,21 +16,21 @@ rule base_model:
     params:
         script=SCRIPTS / "base_model.py",
         code=code_hash("base_model.py"),
-        model=config["model"],
-        model_content=model_fingerprint(),
-        model_options=flags({"revision": config["revision"]}) + TRUST,
+        model=as_written(MODEL),
+        model_content=as_written(fingerprints.model_fingerprint(MODEL)),
+        model_options=as_written(flags({"revision": config["revision"]}) + TRUST),
         block=flags({key: config["pruning"][key] for key in ("block_size", "k")}),
-        folder=model_folder("iter0"),
+        folder=subpath(output.tier_map, parent=True),
     message:
         "iter0: the base model, {params.model}"
     shell:
-        "python {params.script} --model {params.model:q} {params.model_options:q} {params.block}"
-        " --output-model {params.folder} --output-tier-map {output.tier_map} --log {log}"
+        "python {params.script:q} --model {params.model:q} {params.model_options:q} {params.block:q}"
+        " --output-model {params.folder:q}/model --output-tier-map {output.tier_map:q} --log {log:q}"
 
 
 rule calibrate:
     input:
-        model=lambda wildcards: model_ready(previous(wildcards.step)),
+        model=model_before,
     output:
         "results/{step}/calibration.safetensors",
     log:
@@ -49,7 +49,7 @@ rule calibrate:
     params:
         script=SCRIPTS / "calibrate.py",
         code=code_hash("calibrate.py"),
-        folder=lambda wildcards: model_folder(previous(wildcards.step)),
+        folder=folder_of("model"),
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
@@ -59,15 +59,15 @@ rule calibrate:
     message:
         "{wildcards.step}: what the inputs of every matrix are like"
     shell:
-        "python {params.script} --model {params.folder} --text {params.text:q} {params.options}"
-        " --seed {params.seed} --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
+        " --seed {params.seed:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
 
 
 rule score:
     input:
-        model=lambda wildcards: model_ready(previous(wildcards.step)),
+        model=model_before,
         calibration="results/{step}/calibration.safetensors",
-        tier_map=lambda wildcards: tier_map(previous(wildcards.step)),
+        tier_map=tier_map_before,
     output:
         "results/{step}/scores.safetensors",
     log:
@@ -85,18 +85,18 @@ rule score:
     params:
         script=SCRIPTS / "score.py",
         code=code_hash("score.py"),
-        folder=lambda wildcards: model_folder(previous(wildcards.step)),
+        folder=folder_of("model"),
     message:
         "{wildcards.step}: what every block is worth"
     shell:
-        "python {params.script} --model {params.folder} --calibration {input.calibration}"
-        " --tier-map {input.tier_map} --output {output} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --calibration {input.calibration:q}"
+        " --tier-map {input.tier_map:q} --output {output:q} --log {log:q}"
 
 
 rule degrade_dense_to_2_4:
     input:
-        scores=lambda wildcards: f"results/{statistics(wildcards.step)}/scores.safetensors",
-        tier_map=lambda wildcards: tier_map(previous(wildcards.step)),
+        scores=of_statistics("scores"),
+        tier_map=tier_map_before,
     output:
         "results/{step}/tier_map_2_4.safetensors",
     log:
@@ -113,22 +113,22 @@ rule degrade_dense_to_2_4:
     params:
         script=SCRIPTS / "degrade_dense_to_2_4.py",
         code=code_hash("degrade_dense_to_2_4.py"),
-        iteration=lambda wildcards: row(wildcards.step).iteration,
-        dense=lambda wildcards: row(wildcards.step).dense,
-        mid_2_4=lambda wildcards: row(wildcards.step).mid_2_4,
-        topk=lambda wildcards: row(wildcards.step).topk,
+        iteration=of_row("iteration"),
+        dense=of_row("dense"),
+        mid_2_4=of_row("mid_2_4"),
+        topk=of_row("topk"),
     message:
         "{wildcards.step}: dense blocks down to 2:4, until {params.dense} is dense"
     shell:
-        "python {params.script} --scores {input.scores} --tier-map {input.tier_map} --iteration {params.iteration}"
-        " --dense {params.dense} --mid-2-4 {params.mid_2_4} --topk {params.topk} --output {output} --log {log}"
+        "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q} --iteration {params.iteration:q}"
+        " --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q} --output {output:q} --log {log:q}"
 
 
 rule degrade_2_4_to_topk:
     input:
-        model=lambda wildcards: model_ready(previous(wildcards.step)),
-        calibration=lambda wildcards: f"results/{statistics(wildcards.step)}/calibration.safetensors",
-        before=lambda wildcards: tier_map(previous(wildcards.step)),
+        model=model_before,
+        calibration=of_statistics("calibration"),
+        before=tier_map_before,
         tier_map="results/{step}/tier_map_2_4.safetensors",
     output:
         tier_map="results/{step}/tier_map.safetensors",
@@ -148,22 +148,22 @@ rule degrade_2_4_to_topk:
     params:
         script=SCRIPTS / "degrade_2_4_to_topk.py",
         code=code_hash("degrade_2_4_to_topk.py"),
-        folder=lambda wildcards: model_folder(previous(wildcards.step)),
+        folder=folder_of("model"),
         selection=config["pruning"]["selection"],
         pruned=subpath(output.model, parent=True),
     message:
         "{wildcards.step}: 2:4 blocks down to TopK, and the pruned model"
     shell:
-        "python {params.script} --model {params.folder} --calibration {input.calibration}"
-        " --tier-map-before {input.before} --tier-map {input.tier_map} --selection {params.selection}"
-        " --output-tier-map {output.tier_map} --output-model {params.pruned} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --calibration {input.calibration:q}"
+        " --tier-map-before {input.before:q} --tier-map {input.tier_map:q} --selection {params.selection:q}"
+        " --output-tier-map {output.tier_map:q} --output-model {params.pruned:q} --log {log:q}"
 
 
 rule refit:
     input:
-        dense=lambda wildcards: model_ready(previous(wildcards.step)),
+        dense=model_before,
         model="results/{step}/pruned_model/model.safetensors.index.json",
-        masks=lambda wildcards: masks(wildcards.step),
+        masks=masks_of,
     output:
         "results/{step}/refitted_model/model.safetensors.index.json",
     log:
@@ -182,7 +182,7 @@ rule refit:
     params:
         script=SCRIPTS / "refit.py",
         code=code_hash("refit.py"),
-        dense=lambda wildcards: model_folder(previous(wildcards.step)),
+        dense=folder_of("dense"),
         pruned=subpath(input.model, parent=True),
         refitted=subpath(output[0], parent=True),
         text=text_arguments("calibration"),
@@ -194,16 +194,20 @@ rule refit:
     message:
         "{wildcards.step}: refitting what was kept"
     shell:
-        "python {params.script} --dense-model {params.dense} --model {params.pruned} --masks {input.masks}"
-        " --text {params.text:q} {params.options} --seed {params.seed} --device {params.device} {params.trust}"
-        " --output-model {params.refitted} --log {log}"
+        "python {params.script:q} --dense-model {params.dense:q} --model {params.pruned:q} --masks {input.masks:q}"
+        " --text {params.text:q} {params.options:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.refitted:q} --log {log:q}"
 
 
 rule finetune:
     input:
-        model=lambda wildcards: f"{start_folder(wildcards.step)}/model.safetensors.index.json",
-        masks=lambda wildcards: masks(wildcards.step),
-        teacher=lambda wildcards: model_ready("iter0") if distills(wildcards.step) else [],
+        model=branch(
+            is_refitted,
+            then="results/{step}/refitted_model/model.safetensors.index.json",
+            otherwise="results/{step}/pruned_model/model.safetensors.index.json",
+        ),
+        masks=masks_of,
+        teacher=branch(distills, then=model_ready("iter0")),
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",
@@ -221,12 +225,13 @@ rule finetune:
     params:
         script=SCRIPTS / "finetune.py",
         code=code_hash("finetune.py"),
-        start=lambda wildcards: start_folder(wildcards.step),
+        start=subpath(input.model, parent=True),
         finetuned=subpath(output.model, parent=True),
-        epochs=lambda wildcards: epochs(wildcards.step),
+        epochs=epochs,
+        results=results_folder,
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
-        options=lambda wildcards: recovery_flags(wildcards.step),
+        options=recovery_flags,
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
@@ -234,8 +239,8 @@ rule finetune:
         "{wildcards.step}: finetuning, {params.epochs} epochs"
     # The state of a training that was interrupted stands beside the outputs, which Snakemake deletes before it starts again.
     shell:
-        "python {params.script} --model {params.start} --masks {input.masks} --step {wildcards.step}"
-        " --epochs {params.epochs} --text {params.text:q} {params.options:q} --seed {params.seed}"
-        " --device {params.device} {params.trust} --state results/state/{wildcards.step}"
-        " --tensorboard results/logs/{wildcards.step}/tensorboard"
-        " --output-model {params.finetuned} --output-log {output.training} --log {log}"
+        "python {params.script:q} --model {params.start:q} --masks {input.masks:q} --step {wildcards.step:q}"
+        " --epochs {params.epochs:q} --text {params.text:q} {params.options:q} --seed {params.seed:q}"
+        " --device {params.device:q} {params.trust:q} --state {params.results:q}/state/{wildcards.step:q}"
+        " --tensorboard {params.results:q}/logs/{wildcards.step:q}/tensorboard"
+        " --output-model {params.finetuned:q} --output-log {output.training:q} --log {log:q}"

@@ -1,4 +1,4 @@
-# All steps side by side: a table, figures, and Snakemake's own report with both.
+# All steps side by side: a table and figures.
 
 
 rule summarize:
@@ -24,7 +24,7 @@ rule summarize:
     message:
         "the table of all steps"
     shell:
-        "python {params.script} --evals {input.evals} --output {output.table} --log {log} > {output.text}"
+        "python {params.script:q} --evals {input.evals:q} --output {output.table:q} --log {log:q} > {output.text:q}"
 
 
 rule plot:
@@ -53,8 +53,8 @@ rule plot:
     message:
         "the figures"
     shell:
-        "python {params.script} --evals {input.evals} --training {input.training} --tier-maps {input.tier_maps}"
-        " --output-folder {params.folder} --log {log}"
+        "python {params.script:q} --evals {input.evals:q} --training {input.training:q} --tier-maps {input.tier_maps:q}"
+        " --output-folder {params.folder:q} --log {log:q}"
 
 
 rule compare:
@@ -80,36 +80,10 @@ rule compare:
     params:
         script=SCRIPTS / "compare.py",
         code=code_hash("compare.py"),
+        results=subpath(output.table, parent=True),
     message:
         "the comparison of all runs"
     shell:
-        "python {params.script} --evals {input.evals} --zero-shot {input.zero_shot}"
-        " --measurements {input.measurements} --benchmarks results/benchmarks"
-        " --output {output.table} --output-figure {output.figure} --log {log} > {output.text}"
-
-
-# Snakemake reports on Snakemake's run: an environment that holds it takes the place of the one that runs the workflow.
-rule html_report:
-    input:
-        rules.summarize.output.table,
-        rules.plot.output,
-        rules.compare.output.table,
-        rules.compare.output.figure,
-    output:
-        "results/report.html",
-    log:
-        "results/logs/html_report.log",
-    localrule: True
-    conda:
-        "../envs/workflow.yaml"
-    params:
-        script=SCRIPTS / "html_report.py",
-        code=code_hash("html_report.py"),
-        snakefile=os.path.relpath(workflow.main_snakefile),
-        config=json.dumps(config),
-        captions=[fingerprint(path) for path in sorted((ROOT / "workflow/report").glob("*.rst"))],
-    message:
-        "the report, results/report.html"
-    shell:
-        "python {params.script} --snakefile {params.snakefile:q} --config {params.config:q} --targets {input}"
-        " --output {output} --log {log}"
+        "python {params.script:q} --evals {input.evals:q} --zero-shot {input.zero_shot:q}"
+        " --measurements {input.measurements:q} --benchmarks {params.results:q}/benchmarks"
+        " --output {output.table:q} --output-figure {output.figure:q} --log {log:q} > {output.text:q}"

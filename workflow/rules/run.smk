@@ -1,5 +1,8 @@
 # One run at a time in a folder. Snakemake's own lock, which the profile turns off, outlives a process that is killed.
+# Not in a module: handlers do not run there, shell.prefix would change the jobs of the workflow around it, and unless that
+# one turns it off, Snakemake's lock holds.
 
+import shlex
 from uuid import uuid4
 
 from snakemake_interface_executor_plugins.settings import ExecMode
@@ -25,4 +28,6 @@ onstart:
         start_run(os.environ["STEPDOWN_RUN"])
 
 
-shell.prefix(f"set -euo pipefail; source {SCRIPTS}/begin_job.sh; ")
+# Snakemake takes braces in it for names of its own.
+BEGIN = shlex.quote(str(SCRIPTS / "begin_job.sh")).replace("{", "{{").replace("}", "}}")
+shell.prefix(f"set -euo pipefail; source {BEGIN}; ")

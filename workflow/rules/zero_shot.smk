@@ -3,7 +3,7 @@
 
 rule zero_shot:
     input:
-        model=lambda wildcards: model_ready(wildcards.step),
+        model=finished_model,
     output:
         "results/{step}/zero_shot.json",
     log:
@@ -22,14 +22,14 @@ rule zero_shot:
     params:
         script=SCRIPTS / "zero_shot.py",
         code=code_hash("zero_shot.py"),
-        folder=lambda wildcards: model_folder(wildcards.step),
-        tasks=config["zero_shot"]["tasks"],
-        task_files=task_fingerprint(),
-        options=flags({**config["zero_shot"], "tasks": None}),
+        folder=folder_of("model"),
+        tasks=as_written(config["zero_shot"]["tasks"]),
+        task_files=fingerprints.folder_fingerprint(config["zero_shot"]["task_folder"]),
+        options=as_written(flags({**config["zero_shot"], "tasks": None})),
         device=config["device"],
         trust=TRUST,
     message:
         "{wildcards.step}: zero-shot tasks {params.tasks}"
     shell:
-        "python {params.script} --model {params.folder} --step {wildcards.step} --tasks {params.tasks:q}"
-        " {params.options:q} --device {params.device} {params.trust} --output {output} --log {log}"
+        "python {params.script:q} --model {params.folder:q} --step {wildcards.step:q} --tasks {params.tasks:q}"
+        " {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"

@@ -101,6 +101,8 @@ def _expected(value: object, schema: dict) -> str:
     if "number" in types and (number := re.fullmatch(r"([0-9.]+)e([+-]?[0-9]+)", str(value), re.IGNORECASE)):
         mantissa = number[1] if "." in number[1] else f"{number[1]}.0"
         return f"{mantissa}e{int(number[2]):+d} (to YAML {value} is text)"
+    if "string" in types and isinstance(value, int | float):
+        return "text (a name that is read as a number is text as ./2024_10, or in quotes within quotes)"
     bounds = [words.format(schema[bound]) for bound, words in BOUND_WORDS.items() if bound in schema]
     return ", ".join([" or ".join(TYPE_WORDS[name] for name in types), *bounds])
 
@@ -147,6 +149,16 @@ def check_writable(*folders: Path) -> None:
     for folder in folders:
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder.resolve()}: no permission to write here; change it, or run in another folder")
+
+
+def check_links(step: Path) -> None:
+    """The base model's files may be links to the user's own: whatever was moved, they must lead somewhere."""
+    for link in sorted((step / "model").glob("*")):
+        if not link.exists():
+            raise UserError(
+                f"{link}: links to {os.readlink(link)}, which is not there; was the project or its model moved? "
+                f"Delete {step}/tier_map.safetensors, and the model is linked anew"
+            )
 
 
 def check_block(block_size: int, k: int) -> None:

@@ -1,0 +1,81 @@
+# What the scripts are told of the configuration.
+# Names and texts of the user's own are handed over as functions: in those Snakemake takes no braces for wildcards.
+
+import json
+
+# In results a model is called what the configuration calls it, but where on this machine it lies is nobody's business.
+MODEL_NAME = Path(config["model"]).name if os.path.isabs(config["model"]) else config["model"]
+TRUST = ["--trust-remote-code"] if config["trust_remote_code"] else []
+# What pruning while training takes over from finetuning.
+GRADUAL_KEYS = ("sequence_length", "batch_size", "learning_rate", "bf16")
+
+
+def as_written(value):
+    return lambda wildcards: value
+
+
+def texts(section):
+    return config[section]["texts"] if section == "evaluation" else [config[section]["text"]]
+
+
+def text_arguments(section):
+    return as_written(command_lines.text_words(texts(section), SPLITS_READ[section]))
+
+
+def section_flags(section, *left_out):
+    """The numbers and choices of a section of the configuration as flags; its texts have a form of their own."""
+    return flags({key: value for key, value in config[section].items() if key not in ("text", "texts", *left_out)})
+
+
+def folder_of(name):
+    """The folder of the model that the input called `name` stands for."""
+    return lambda wildcards, input: model_of(input[name])
+
+
+def tier_options(wildcards):
+    """What a one-shot run with tiers is told of them: the section `pruning`, and for fixed shares those of the last row."""
+    pattern = run_of(wildcards).pattern
+    if pattern not in ("three-tier", "hybrid"):
+        return []
+    last = row("oneshot/three-tier") if pattern == "three-tier" else None
+    return flags({**({"shares": [last.dense, last.mid_2_4, last.topk]} if last else {}), **config["pruning"]})
+
+
+def layer_options(wildcards):
+    """What a one-shot run is told of sparsity by layer, where its name asks for it."""
+    if run_of(wildcards).layers == "uniform":
+        return []
+    section = config["layer_sparsity"]
+    return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
+
+
+def refitted_flags(wildcards, input):
+    return flags({"refitted_model": model_of(input.refitted)}) if input.refitted else []
+
+
+def results_folder(wildcards, output):
+    """The folder that all steps are in, `results` but in a module that has a prefix."""
+    return str(Path(output.training).parents[1 + wildcards.step.count("/")])
+
+
+def recovery_flags(wildcards, input, output):
+    """How a step is finetuned."""
+    step, results, recovery = wildcards.step, results_folder(wildcards, output), config["recovery"]
+    one_schedule = {}
+    if recovery["one_schedule"] and step.startswith("iter"):
+        one_schedule = command_lines.one_schedule_options(SCHEDULE, row(step), recovery["method"], results)
+    teacher = model_of(input.teacher) if input.teacher else None
+    return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule))
+
+
+def measured(wildcards, input):
+    """Every step as measure.py takes it: its name, the folder of its model, its tier map or its activations' thresholds."""
+    words, thresholds = [], iter(input.thresholds)
+    for step, ready in zip(ALL_STEPS, input.models):
+        folder = Path(model_of(ready))
+        words += ["--step", step, str(folder)]
+        if step.startswith("dynamic/"):
+            words.append(next(thresholds))
+        elif step in STEPS:
+            words.append(str(folder.parent / "tier_map.safetensors"))
+    return words

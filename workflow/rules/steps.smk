@@ -1,0 +1,99 @@
+# Which step starts from which, and what the rules ask for by the name of a step.
+
+
+def row(step):
+    """The row of the schedule that a step follows."""
+    if not SCHEDULE:
+        raise SystemExit(
+            f"error: results/{step}: config key schedule is null; name a schedule, whose rows make its tiers"
+        )
+    if step.startswith("oneshot/"):
+        return one_shot(SCHEDULE)
+    number = int(step.removeprefix("iter"))
+    if number > len(SCHEDULE):
+        raise SystemExit(
+            f"error: results/{step}: {config['schedule']} has {len(SCHEDULE)} rows; add a row or ask for less"
+        )
+    return SCHEDULE[number - 1]
+
+
+def of_row(column):
+    """A column of the schedule, as a parameter of the rules that use it and of no other."""
+    return lambda wildcards: getattr(row(wildcards.step), column)
+
+
+def previous(step):
+    """The step whose finetuned model this one starts from; a one-shot run starts from the base model."""
+    return f"iter{row(step).iteration - 1}"
+
+
+def model_before(wildcards):
+    return model_ready(previous(wildcards.step))
+
+
+def tier_map_before(wildcards):
+    return tier_map(previous(wildcards.step))
+
+
+def of_statistics(name):
+    """A file of the step whose calibration and scores serve this one: a one-shot run shares its base model with iter1."""
+    return lambda wildcards: f"results/iter{row(wildcards.step).iteration}/{name}.safetensors"
+
+
+def finished_model(wildcards):
+    return model_ready(wildcards.step)
+
+
+def source_model(wildcards):
+    return model_ready(wildcards.source)
+
+
+def compressed_model(wildcards):
+    return model_ready(wildcards.compressed)
+
+
+def compression_report_of(wildcards):
+    return compression_report(wildcards.compressed)
+
+
+def masks_of(wildcards):
+    return masks(wildcards.step)
+
+
+def is_refitted(wildcards):
+    """Whether a step's pruned model is refitted before it is finetuned."""
+    return config["oneshot_refit"] if is_run(wildcards.step) else config["refit"]
+
+
+def distills(wildcards):
+    """Whether a step's finetuning learns from the base model too."""
+    step = wildcards.step
+    return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
+
+
+def epochs(wildcards):
+    """Epochs of finetuning after a step."""
+    return config["oneshot_epochs"] if is_run(wildcards.step) else row(wildcards.step).epochs
+
+
+def run_of(wildcards):
+    """What the name of a one-shot run asks for."""
+    with one_line():
+        return parse_run(wildcards.run, method_names())
+
+
+def gradual_run(wildcards):
+    """The name of a run whose masks are chosen while the model trains, once it is known to ask for something."""
+    with one_line():
+        return parse_gradual(wildcards.run, method_names()).name
+
+
+def compression(form):
+    """The name in a compressed step of a form such as "quantised/{run}/{source}", once it is known to ask for something."""
+
+    def name(wildcards):
+        with one_line():
+            check_step(form.format(**wildcards), local_model(MODEL))
+        return wildcards.run
+
+    return name
