@@ -1,8 +1,8 @@
-# make setup | run | test | test-slow | lint | wheel | bench: each installs what it needs first, into .venv.
+# make setup | run | test | test-slow | test-workflow | lint | wheel | bench: each installs what it needs first, into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup run test test-slow test-conda lint wheel bench
+.PHONY: setup run test test-slow test-workflow test-conda lint wheel bench
 
 setup: .venv/ready
 
@@ -28,7 +28,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# The tiny configuration of .test with every rule in the conda environment it names: the one target that needs `conda`,
+# The tiny configuration of .test: every rule of the default one, in a minute or two.
+test-workflow: setup
+	$(BIN)/snakemake --directory .test --cores 2
+
+# The same with every rule in the conda environment it names: the one target that needs `conda`,
 # and runs the snakemake that is on the path, so that it can be that of workflow/envs/workflow.yaml.
 test-conda:
 	snakemake --directory .test --use-conda --cores 2

@@ -310,6 +310,11 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["--config", "recovery={learning_rate: 2e-5}"], "recovery.learning_rate: found '2e-5'; write 2.0e-5"),
         (["--config", "schedule=nowhere.csv"], "schedule nowhere.csv: No such file"),
         (["--config", "model=resources/pydoc-lama"], "model: no folder resources/pydoc-lama"),
+        (
+            ["--config", "model=2024_10"],
+            "model: found 202410; write text (a name that is read as a number is text as ./",
+        ),
+        (["--config", "model=7e5"], "model: found 700000.0; write text (a name that is read as a number is text as ./"),
         (["--config", "oneshot=[wanda-2of4, wandaa-4of8]"], "one-shot run 'wandaa-4of8': unknown method 'wandaa'"),
         (["results/oneshot/wanda-4of2/eval.json"], "one-shot run 'wanda-4of2': keeps 4 of each 2"),
         (["results/oneshot/wanda-2of4-0.7/eval.json"], "2 of 4 is a sparsity of 0.5; leave 0.7 out"),

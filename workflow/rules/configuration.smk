@@ -49,6 +49,8 @@ def found(path):
 
 
 with one_line():
+    if set("{}") & set(str(PROJECT)):
+        raise UserError(f"{PROJECT}: Snakemake takes the braces in this path for wildcards; rename the folder")
     # Another dictionary: in a module, `config` may be that of the workflow around it.
     config = complete_config(config, yaml.safe_load((PROJECT / "workflow/schemas/config.schema.yaml").read_text()))
     MODEL = found(config["model"])

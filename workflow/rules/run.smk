@@ -28,6 +28,4 @@ onstart:
         start_run(os.environ["STEPDOWN_RUN"])
 
 
-# Snakemake takes braces in it for names of its own.
-BEGIN = shlex.quote(str(SCRIPTS / "begin_job.sh")).replace("{", "{{").replace("}", "}}")
-shell.prefix(f"set -euo pipefail; source {BEGIN}; ")
+shell.prefix(f"set -euo pipefail; source {shlex.quote(str(SCRIPTS / 'begin_job.sh'))}; ")

@@ -1,4 +1,4 @@
-"""From sections of the configuration to words of command lines. Standard library only."""
+"""From sections of the configuration to words of command lines."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -152,12 +152,13 @@ def check_writable(*folders: Path) -> None:
 
 
 def check_links(step: Path) -> None:
-    """The base model's files may be links to the user's own: whatever was moved, they must lead somewhere."""
+    """The base model's files may be links to the user's own: whatever was moved since, they must lead somewhere."""
+    made = step / "tier_map.safetensors"
     for link in sorted((step / "model").glob("*")):
-        if not link.exists():
+        if made.exists() and not link.exists():
             raise UserError(
-                f"{link}: links to {os.readlink(link)}, which is not there; was the project or its model moved? "
-                f"Delete {step}/tier_map.safetensors, and the model is linked anew"
+                f"{link}: links to {os.readlink(link)}, which is not there; was the project or the model moved? "
+                f"Delete {made}, and the model is linked anew"
             )
 
 
