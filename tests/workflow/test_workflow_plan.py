@@ -166,6 +166,13 @@ def test_compressions_start_from_the_model_of_their_step(fresh):
     assert listed == base | steps | MEASURED
 
 
+def test_a_gradual_run_is_finetuned_on_a_schedule_of_its_own(fresh):
+    step = "gradual/wanda-2of4"
+    told = finetuning(fresh, f"results/{step}/eval.json")[step]
+    assert "--learning-rate-schedule cosine" in told
+    assert "optimizer.safetensors" not in told
+
+
 def test_tasks_are_measured_on_every_finished_model(fresh):
     planned = fresh.plan("--config", "zero_shot={tasks: [piqa]}")
     steps = ["iter0", "iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier", *RUNS]
@@ -312,9 +319,12 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["--config", "model=resources/pydoc-lama"], "model: no folder resources/pydoc-lama"),
         (
             ["--config", "model=2024_10"],
-            "model: found 202410; write text (a name that is read as a number is text as ./",
+            "model: found 202410; write text (a name that reads as a number is text as ./2024_10",
         ),
-        (["--config", "model=7e5"], "model: found 700000.0; write text (a name that is read as a number is text as ./"),
+        (
+            ["--config", "model=7e5"],
+            "model: found 700000.0; write text (a name that reads as a number is text as ./2024_10",
+        ),
         (["--config", "oneshot=[wanda-2of4, wandaa-4of8]"], "one-shot run 'wandaa-4of8': unknown method 'wandaa'"),
         (["results/oneshot/wanda-4of2/eval.json"], "one-shot run 'wanda-4of2': keeps 4 of each 2"),
         (["results/oneshot/wanda-2of4-0.7/eval.json"], "2 of 4 is a sparsity of 0.5; leave 0.7 out"),

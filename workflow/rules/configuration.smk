@@ -17,15 +17,7 @@ from stepdown.plan.compressions import check_step
 from stepdown.plan.preflight import SPLITS_READ, check_inputs, check_links, check_writable, complete_config, local_model
 from stepdown.plan.runs import parse_gradual, parse_run
 from stepdown.plan.schedule import one_shot, read_schedule
-from stepdown.plan.steps import (
-    compression_report,
-    is_run,
-    masks,
-    model_of,
-    model_ready,
-    source,
-    tier_map,
-)
+from stepdown.plan.steps import compression_report, is_run, masks, model_of, model_ready, tier_map
 from stepdown.prune.methods import method_names
 
 sys.path.remove(os.path.abspath(SCRIPTS))

@@ -101,10 +101,11 @@ def _expected(value: object, schema: dict) -> str:
     if "number" in types and (number := re.fullmatch(r"([0-9.]+)e([+-]?[0-9]+)", str(value), re.IGNORECASE)):
         mantissa = number[1] if "." in number[1] else f"{number[1]}.0"
         return f"{mantissa}e{int(number[2]):+d} (to YAML {value} is text)"
-    if "string" in types and isinstance(value, int | float):
-        return "text (a name that is read as a number is text as ./2024_10, or in quotes within quotes)"
     bounds = [words.format(schema[bound]) for bound, words in BOUND_WORDS.items() if bound in schema]
-    return ", ".join([" or ".join(TYPE_WORDS[name] for name in types), *bounds])
+    asked = ", ".join([" or ".join(TYPE_WORDS[name] for name in types), *bounds])
+    if "string" in types and isinstance(value, int | float) and not isinstance(value, bool):
+        asked += " (a name that reads as a number is text as ./2024_10, or in quotes in a file)"
+    return asked
 
 
 def _resolve(schema: dict, definitions: dict) -> dict:
