@@ -33,7 +33,7 @@ def folder_of(name):
 
 
 def tier_options(wildcards):
-    """What a one-shot run with tiers is told of them: the section `pruning`, and for fixed shares those of the last row."""
+    """What a one-shot run with tiers is told of them: the section `pruning`, and fixed shares as of the last row."""
     pattern = run_of(wildcards).pattern
     if pattern not in ("three-tier", "hybrid"):
         return []
@@ -69,7 +69,7 @@ def recovery_flags(wildcards, input, output):
 
 
 def measured(wildcards, input):
-    """Every step as measure.py takes it: its name, the folder of its model, its tier map or its activations' thresholds."""
+    """Every step as measure.py takes it: its name, the folder of its model, its tier map or its thresholds."""
     words, thresholds = [], iter(input.thresholds)
     for step, ready in zip(ALL_STEPS, input.models):
         folder = Path(model_of(ready))

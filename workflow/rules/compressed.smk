@@ -35,9 +35,10 @@ rule prune_structured:
     message:
         "structured/{wildcards.run}: making the model smaller"
     shell:
-        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " {params.structured:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
-        " --output-model {params.smaller:q} --output-report {output.report:q} --log {log:q}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q}"
+        " --text {params.text:q} {params.options:q} {params.structured:q} --seed {params.seed:q}"
+        " --device {params.device:q} {params.trust:q} --output-model {params.smaller:q}"
+        " --output-report {output.report:q} --log {log:q}"
 
 
 rule quantise:
@@ -72,8 +73,8 @@ rule quantise:
     message:
         "quantised/{wildcards.run}/{wildcards.source}: quantising"
     shell:
-        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q}"
+        " --text {params.text:q} {params.options:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
         " --output-model {params.quantised:q} --output-report {output.report:q} --log {log:q}"
 
 
@@ -107,8 +108,9 @@ rule calibrate_thresholds:
     message:
         "dynamic/{wildcards.run}/{wildcards.source}: thresholds of its activations"
     shell:
-        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " --seed {params.seed:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q}"
+        " --text {params.text:q} {params.options:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output {output:q} --log {log:q}"
 
 
 rule evaluate_compressed:
@@ -145,8 +147,9 @@ rule evaluate_compressed:
         "{wildcards.compressed}: evaluating"
     shell:
         "python {params.script:q} --model {params.folder:q} --base-model {params.dense:q} --masks {input.report:q}"
-        " --base-eval {input.base:q} --step {wildcards.compressed:q} --model-name {params.name:q} --text {params.texts:q}"
-        " {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
+        " --base-eval {input.base:q} --step {wildcards.compressed:q} --model-name {params.name:q}"
+        " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q}"
+        " --log {log:q}"
 
 
 # All in one job, so that the times compare; on a machine of its own where it has all threads.
@@ -216,6 +219,7 @@ rule prune_gradually:
     message:
         "gradual/{wildcards.run}: pruning while the model trains"
     shell:
-        "python {params.script:q} --run {params.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " {params.gradual:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
-        " --output-model {params.pruned:q} --output-report {output.report:q} --log {log:q}"
+        "python {params.script:q} --run {params.run:q} --model {params.folder:q}"
+        " --text {params.text:q} {params.options:q} {params.gradual:q} --seed {params.seed:q}"
+        " --device {params.device:q} {params.trust:q} --output-model {params.pruned:q}"
+        " --output-report {output.report:q} --log {log:q}"

@@ -31,7 +31,8 @@ rule evaluate_base:
         "iter0: evaluating the base model"
     shell:
         "python {params.script:q} --model {params.folder:q} --masks {input.tier_map:q} --model-name {params.name:q}"
-        " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
+        " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q}"
+        " --log {log:q}"
 
 
 rule evaluate:
@@ -70,7 +71,8 @@ rule evaluate:
     message:
         "{wildcards.step}: evaluating the pruned and the finetuned model"
     shell:
-        "python {params.script:q} --pruned-model {params.pruned:q} {params.refitted:q} --finetuned-model {params.finetuned:q}"
-        " --masks {input.masks:q} --training {input.training:q} --base-eval {input.base:q}"
-        " --step {wildcards.step:q} --model-name {params.name:q} --text {params.texts:q} {params.options:q}"
-        " --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
+        "python {params.script:q} --pruned-model {params.pruned:q} {params.refitted:q}"
+        " --finetuned-model {params.finetuned:q} --masks {input.masks:q} --training {input.training:q}"
+        " --base-eval {input.base:q} --step {wildcards.step:q} --model-name {params.name:q}"
+        " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q}"
+        " --log {log:q}"

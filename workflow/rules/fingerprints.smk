@@ -1,4 +1,4 @@
-# What runs again because something else changed than inputs and keys of the configuration: code, texts, the model, tasks.
+# What runs again because something else changed than inputs and configuration: code, texts, the model, tasks.
 
 from functools import partial
 

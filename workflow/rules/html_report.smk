@@ -1,5 +1,5 @@
-# Snakemake's own report on the run, with the table and the figures: an environment that holds Snakemake takes the place of
-# the one that runs the workflow.
+# Snakemake's own report on the run, with the table and the figures: an environment that holds Snakemake takes the place
+# of the one that runs the workflow.
 
 
 rule html_report:

@@ -38,6 +38,7 @@ rule prune_oneshot:
     message:
         "oneshot/{wildcards.run}: pruning"
     shell:
-        "python {params.script:q} --run {wildcards.run:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " {params.tiers:q} {params.layers:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
-        " --output-model {params.pruned:q} --output-report {output.report:q} --log {log:q}"
+        "python {params.script:q} --run {wildcards.run:q} --model {params.folder:q}"
+        " --text {params.text:q} {params.options:q} {params.tiers:q} {params.layers:q} --seed {params.seed:q}"
+        " --device {params.device:q} {params.trust:q} --output-model {params.pruned:q}"
+        " --output-report {output.report:q} --log {log:q}"

@@ -120,8 +120,9 @@ rule degrade_dense_to_2_4:
     message:
         "{wildcards.step}: dense blocks down to 2:4, until {params.dense} is dense"
     shell:
-        "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q} --iteration {params.iteration:q}"
-        " --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q} --output {output:q} --log {log:q}"
+        "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q}"
+        " --iteration {params.iteration:q} --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q}"
+        " --output {output:q} --log {log:q}"
 
 
 rule degrade_2_4_to_topk:
@@ -237,7 +238,7 @@ rule finetune:
         trust=TRUST,
     message:
         "{wildcards.step}: finetuning, {params.epochs} epochs"
-    # The state of a training that was interrupted stands beside the outputs, which Snakemake deletes before it starts again.
+    # The state of an interrupted training stands beside the outputs, which Snakemake deletes before it starts again.
     shell:
         "python {params.script:q} --model {params.start:q} --masks {input.masks:q} --step {wildcards.step:q}"
         " --epochs {params.epochs:q} --text {params.text:q} {params.options:q} --seed {params.seed:q}"

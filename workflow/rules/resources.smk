@@ -20,10 +20,10 @@ THREADS = max(1, min(8, CORES // 2))
 
 
 def memory(mb):
-    """Memory of a job: `mb` for Llama-2-7B, in proportion for other models, 3000 at least; each retry gets twice as much."""
+    """Memory of a job: `mb` for Llama-2-7B, in proportion for others, 3000 at least; each retry gets twice as much."""
     return lambda wildcards, attempt: max(3000, int(mb * MODEL_SIZE)) * 2 ** (attempt - 1)
 
 
 def minutes(count):
-    """Time of a job: `count` for Llama-2-7B on a GPU, in proportion for other models; an hour at least, at most a day."""
+    """Time of a job: `count` for Llama-2-7B on a GPU, in proportion for others; an hour at least, at most a day."""
     return min(max(60, int(count * MODEL_SIZE)), 1440)

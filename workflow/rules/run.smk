@@ -1,6 +1,6 @@
 # One run at a time in a folder. Snakemake's own lock, which the profile turns off, outlives a process that is killed.
-# Not in a module: handlers do not run there, shell.prefix would change the jobs of the workflow around it, and unless that
-# one turns it off, Snakemake's lock holds.
+# Not in a module: handlers do not run there, shell.prefix would change the jobs of the workflow around it, and unless
+# that one turns it off, Snakemake's lock holds.
 
 import shlex
 from uuid import uuid4

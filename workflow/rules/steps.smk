@@ -36,7 +36,7 @@ def tier_map_before(wildcards):
 
 
 def of_statistics(name):
-    """A file of the step whose calibration and scores serve this one: a one-shot run shares its base model with iter1."""
+    """A file of the step whose calibration and scores serve this one: iter1 for a one-shot run, of the same model."""
     return lambda wildcards: f"results/iter{row(wildcards.step).iteration}/{name}.safetensors"
 
 
@@ -89,7 +89,7 @@ def gradual_run(wildcards):
 
 
 def compression(form):
-    """The name in a compressed step of a form such as "quantised/{run}/{source}", once it is known to ask for something."""
+    """The name in a step of a form such as "quantised/{run}/{source}", once it is known to ask for something."""
 
     def name(wildcards):
         with one_line():
