@@ -293,7 +293,7 @@ def test_a_full_disk_is_told(tmp_path, size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"not written \(.*\); is the disk full\?"):
+        with pytest.raises(UserError, match=r"written \(.*\); is the disk full\?"):
             run(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cli import progress
 from ..errors import UserError
-from ..files import INDEX_NAME, atomic_write, safetensors_header, usual_mode, weight_files
+from ..files import INDEX_NAME, atomic_write, read_json_object, safetensors_header, usual_mode, weight_files
 
 # What stands in a checkpoint beside its weights and belongs to it.
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
@@ -102,7 +102,8 @@ class Checkpoint:
 
 def _index_metadata(folder: Path) -> dict:
     index = folder / INDEX_NAME
-    return json.loads(index.read_text()).get("metadata", {}) if index.exists() else {}
+    metadata = read_json_object(index).get("metadata") if index.is_file() else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def shard_of(name: str) -> str:
@@ -281,7 +282,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, partial, metadata=metadata)
+        save_file(_apart(tensors), partial, metadata=metadata)
         _sort_metadata(partial)
         partial.chmod(usual_mode())
         os.replace(partial, path)
@@ -289,6 +290,17 @@ def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[st
         raise UserError(f"{path}: could not be written ({error}); is the disk full?") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the order of their names, each in memory of its own: a file has no two names for one, as tied weights
+    are one in a model."""
+    apart, taken = {}, set()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        apart[name] = tensor.clone() if tensor.data_ptr() in taken and tensor.numel() else tensor
+        taken.add(tensor.data_ptr())
+    return apart
 
 
 def _sort_metadata(path: Path) -> None:

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
-import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -21,10 +19,21 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from ..errors import UserError
+from ..models.checkpoint import load_tensors, save_tensors
 from .distillation import Distillation
 from .lora import ALL_LINEAR, add_masked_adapter, save_adapter
 from .processes import is_first
-from .sharding import load_optimizer, load_weights, save_optimizer, save_weights, shard_, sharded_like, unshard_, whole
+from .sharding import (
+    WEIGHTS,
+    load_optimizer,
+    load_weights,
+    save_optimizer,
+    save_weights,
+    shard_,
+    sharded_like,
+    unshard_,
+    whole,
+)
 from .training_state import last_checkpoint
 
 METHODS = ("full", "lora")
@@ -276,16 +285,22 @@ class _MaskedTrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save by the model's own names, as the Trainer loads; by those of its family it would miss some, silently."""
-        own_names = {} if isinstance(self.model, peft.PeftModel) else {"save_original_format": False}
+        """Save what is trained, by the model's own names, and nothing that a library could refuse to save."""
         if self.args.should_save:
-            self.model.save_pretrained(output_dir, state_dict=state_dict, **own_names)
+            trained = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
+            save_tensors(trained, Path(output_dir) / WEIGHTS, {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_state_dict(load_tensors(Path(resume_from_checkpoint) / WEIGHTS)[0], strict=False)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, *arguments, **keywords) -> None:
         try:
             super()._save_checkpoint(*arguments, **keywords)
-        except (safetensors.SafetensorError, RuntimeError) as error:
-            # What safetensors and torch make of a failed write; neither is an OSError.
+        except RuntimeError as error:
+            # What torch makes of a failed write; it is no OSError.
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.args.output_dir}: not written ({reason}); is the disk full?") from error
 
@@ -325,9 +340,6 @@ class _ShardedTrainer(_MaskedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir))
