@@ -116,7 +116,7 @@ def test_jsonl_and_parquet_give_their_column_text(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', ["row 2"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', ["row 2", "not JSON"]),
         ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', ["a.jsonl", "empty"]),
-        ("a.parquet", b"text", ["a.parquet", "not a Parquet file"]),
+        ("a.parquet", b"text", ["a.parquet", "not a readable Parquet file"]),
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])

@@ -151,7 +151,7 @@ def damage_garbled_index(model):
         (damage_no_config, "has no config.json"),
         (damage_empty, "truncated"),
         (damage_missing_shard, "model-00001.safetensors, named in .* is missing"),
-        (damage_garbled_index, "not a readable index"),
+        (damage_garbled_index, r"index\.json: not JSON"),
     ],
 )
 def test_damaged_folders_are_named(model, damage, message):

@@ -1,13 +1,17 @@
-"""Files that are written whole or not at all, and model folders looked at from outside. Standard library only."""
+"""Files that are written whole or not at all, and files of others looked at from outside. Standard library only."""
 
 import json
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
+PICKLES = "pytorch_model*.bin"
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def atomic_write(path: Path | str, text: str) -> None:
@@ -38,24 +42,33 @@ def write_json(path: Path | str, content: object) -> None:
 def weight_files(folder: Path | str) -> list[Path]:
     """The safetensors files a checkpoint folder says it consists of.
 
-    Raises `UserError` when the folder, its config, its weights or one file named by its index is missing.
+    Raises `UserError` when the folder, its config, its weights or one file named by its index is missing, and when it
+    says two things.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"{folder}: {found}; give the folder of a Hugging Face model")
-    index = folder / INDEX_NAME
-    if index.is_file():
-        names = sorted(set(_read_index(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{folder}: {missing[0]}, named in {INDEX_NAME}, is missing; copy or download the model again"
-            )
-        return [folder / name for name in names]
-    if (folder / SINGLE_FILE_NAME).is_file():
-        return [folder / SINGLE_FILE_NAME]
-    raise UserError(f"{folder}: no weights found; expected {SINGLE_FILE_NAME} or {INDEX_NAME} with the files it names")
+    single, names = (folder / SINGLE_FILE_NAME).is_file(), _names_in_index(folder / INDEX_NAME)
+    if not names:
+        if single:
+            return [folder / SINGLE_FILE_NAME]
+        raise UserError(
+            f"{folder}: no weights found; expected {SINGLE_FILE_NAME} or {INDEX_NAME} with the files it names"
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name}, named in {INDEX_NAME}, is missing; copy or download the model again")
+    if single and SINGLE_FILE_NAME not in names:
+        raise UserError(
+            f"{folder}: has {SINGLE_FILE_NAME}, and {INDEX_NAME} that names {names[0]} instead; remove one of the two"
+        )
+    return [folder / name for name in names]
+
+
+def has_only_pickles(folder: Path) -> bool:
+    """Whether the weights of a folder are pickled ones, without any in safetensors."""
+    return not any((folder / name).is_file() for name in (SINGLE_FILE_NAME, INDEX_NAME)) and any(folder.glob(PICKLES))
 
 
 def safetensors_header(file: Path) -> tuple[dict, int]:
@@ -63,6 +76,7 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
 
     Raises `UserError` when the file is no such file or not as long as its header says.
     """
+    check_not_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -72,8 +86,10 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
             )
         try:
             header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for entry in entries]
+            assert all(entry["dtype"] and min(entry["shape"], default=0) >= 0 for entry in entries)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError):
             raise UserError(
                 f"{file}: not a safetensors file (its header is unreadable); copy or download it again"
             ) from None
@@ -81,6 +97,34 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
     if size != expected:
         raise UserError(f"{file}: truncated or damaged ({size} bytes, {expected} expected); copy or download it again")
     return header, 8 + length
+
+
+def check_not_pointer(file: Path) -> None:
+    """A pointer of git-lfs stands for a file that was never fetched."""
+    with file.open("rb") as opened:
+        if opened.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+            raise UserError(f"{file}: only a pointer of git-lfs, not the file itself; run git lfs pull")
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """What to call each of several files: its name, or, where others have the same, as much of its path as tells them
+    apart. Raises `UserError` for a file that is named twice."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    same_name = defaultdict(set)
+    for path, own in zip(paths, parts, strict=True):
+        if own in same_name[own[-1]]:
+            raise UserError(f"{path}: named twice; name each text once")
+        same_name[own[-1]].add(own)
+
+    def tail(own: tuple[str, ...]) -> str:
+        others = same_name[own[-1]]
+        return next(
+            "/".join(own[-count:])
+            for count in range(1, len(own) + 1)
+            if len({other[-count:] for other in others}) == len(others)
+        )
+
+    return [tail(own) for own in parts]
 
 
 def check_length(where: str, sequence_length: int, folder: Path) -> None:
@@ -96,20 +140,32 @@ def check_length(where: str, sequence_length: int, folder: Path) -> None:
 def read_json_object(path: Path) -> dict:
     """The JSON object in a file of a model folder; `UserError` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        check_not_pointer(path)
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a model folder in Hugging Face form") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); copy the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, not an object of keys; copy the model again")
     return content
 
 
-def _read_index(path: Path) -> dict:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(index["weight_map"], dict)
-        return index
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{path}: not a readable index of weights; copy or download it again") from None
+def _constant(name: str) -> float:
+    """Some families are published with a bound of Infinity; nothing is computed with what is not a number."""
+    if name == "NaN":
+        raise ValueError("a value in it is NaN")
+    return float(name)
+
+
+def _names_in_index(path: Path) -> list[str]:
+    """The files an index says the weights are in; none where there is no index."""
+    if not path.is_file():
+        return []
+    names = read_json_object(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{path}: not a readable index of weights; copy or download it again")
+    for name in set(names.values()):
+        if name != Path(name).name:
+            raise UserError(f"{path}: names {name!r}; put every file of the weights beside config.json")
+    return sorted(set(names.values()))

@@ -14,6 +14,7 @@ import itertools
 import json
 import platform
 import random
+import re
 import sys
 import sysconfig
 import warnings
@@ -23,7 +24,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cli import log
 from .errors import UserError
+from .files import check_not_pointer, distinct_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +82,18 @@ def label(text: Text, split: str) -> str:
     if not isinstance(text, str):
         text = text[split]
     return text if text in _SOURCES else Path(text).name
+
+
+def labels(texts: Sequence[Text], split: str) -> list[str]:
+    """What to call each of several texts beside the others, no two alike; raises UserError for one that is named
+    twice."""
+    named = [text if isinstance(text, str) else text[split] for text in texts]
+    corpora = [name for name in named if name in _SOURCES]
+    if twice := {name for name in corpora if corpora.count(name) > 1}:
+        raise UserError(f"text {min(twice)}: named twice; name each text once")
+    files = [name for name in named if name not in _SOURCES]
+    label_of = dict(zip(files, distinct_names(files), strict=True))
+    return [label_of.get(name, name) for name in named]
 
 
 def token_stream(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
@@ -201,7 +216,12 @@ def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase", special_tokens: b
         return_token_type_ids=False,
         verbose=False,
     )
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    rows = getattr(tokenizer, "embedding_rows", None)
+    if rows is not None and len(tokens) and tokens.max() >= rows:
+        token = tokenizer.convert_ids_to_tokens(tokens.max().item())
+        raise UserError(f"the text holds the token {token!r}, for which the embedding of {rows} rows has none")
+    return tokens
 
 
 # Where a text comes from
@@ -255,6 +275,7 @@ def _pieces(path: str) -> tuple[list[str], bool]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"text {path}: no such file; give a path or, as the whole text, one of {', '.join(_SOURCES)}")
+    check_not_pointer(file)
     if file.suffix == ".jsonl":
         return _jsonl_rows(file), False
     if file.suffix == ".parquet":
@@ -282,10 +303,21 @@ def _jsonl_rows(file: Path) -> list[str]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"text {file}: row {number} is not JSON: {error}") from None
             rows.append(_text_of(row.get("text") if isinstance(row, dict) else None, file, number))
-    return rows
+    return _without_lone_surrogates(rows, file)
+
+
+def _without_lone_surrogates(rows: list[str], file: Path) -> list[str]:
+    r"""Half a character, which JSON can write (`\ud83d`) and no tokenizer takes, becomes U+FFFD."""
+    replaced = [_SURROGATE.subn("\ufffd", row) for row in rows]
+    if count := sum(number for _, number in replaced):
+        log.warning("text %s: %d lone surrogates are no characters; each is read as U+FFFD", file, count)
+    return [row for row, _ in replaced]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _parquet_rows(file: Path) -> list[str]:
@@ -294,11 +326,11 @@ def _parquet_rows(file: Path) -> list[str]:
 
     try:
         table = parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"text {file}: not a Parquet file: {str(error).splitlines()[0]}") from None
-    if "text" not in table.schema_arrow.names:
-        raise UserError(f"text {file}: has no column 'text'; rename the one that holds the text")
-    values = table.read(columns=["text"])["text"].to_pylist()
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"text {file}: has no column 'text'; rename the one that holds the text")
+        values = table.read(columns=["text"])["text"].to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"text {file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     return [_text_of(value, file, number) for number, value in enumerate(values, start=1)]
 
 

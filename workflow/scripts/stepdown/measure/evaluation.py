@@ -16,7 +16,7 @@ from ..models.pruning_reports import describe_checkpoint
 from ..models.tier_maps import TierMap, block_counts, check_same_model, check_zeros, read_tier_map, tier_shares
 from ..tensors.blocks import expand_blocks
 from ..tensors.tiers import TIER_NAMES
-from ..text import consecutive_windows, describe, label, load_documents, parse_text, token_stream
+from ..text import consecutive_windows, describe, labels, load_documents, parse_text, token_stream
 from .perplexity import describe_protocol, perplexity
 
 
@@ -40,19 +40,19 @@ def perplexities(
 
     prepare: what is done to the model before it is walked, such as making its activations sparse.
     """
-    from transformers import AutoTokenizer
+    from ..models.loading import load_tokenizer
 
     check_length("--sequence-length", settings.sequence_length, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     limit = None if settings.tokens is None else max(1, settings.tokens // settings.sequence_length)
     found = {}
-    for text in settings.texts:
+    for name, text in zip(labels(settings.texts, "test"), settings.texts, strict=True):
         stream = token_stream(load_documents(text, "test"), tokenizer)
-        windows = consecutive_windows(stream, settings.sequence_length, limit, label(text, "test"))
+        windows = consecutive_windows(stream, settings.sequence_length, limit, name)
         decoder = open_decoder(folder, settings.device, settings.trust_remote_code, settings.hidden_states)
         if prepare:
             prepare(decoder)
-        found[label(text, "test")] = perplexity(decoder, windows, settings.batch_size)
+        found[name] = perplexity(decoder, windows, settings.batch_size)
     return found
 
 
@@ -94,7 +94,8 @@ def sparsity(tier_map: TierMap, checkpoint: Checkpoint) -> dict:
 
 def protocol(settings: Settings) -> str:
     """How the figures came about, in words."""
-    texts = "; ".join(f"{label(text, 'test')}: {describe(text, 'test')}" for text in settings.texts)
+    names = labels(settings.texts, "test")
+    texts = "; ".join(f"{name}: {describe(text, 'test')}" for name, text in zip(names, settings.texts, strict=True))
     length = settings.sequence_length
     limited = "" if settings.tokens is None else f", the first {settings.tokens // length} of them"
     return (

@@ -5,17 +5,28 @@ import difflib
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import check_length, read_json_object, safetensors_header, weight_files
+from ..files import (
+    PICKLES,
+    check_length,
+    check_not_pointer,
+    distinct_names,
+    has_only_pickles,
+    read_json_object,
+    safetensors_header,
+    weight_files,
+)
 
 CORPORA = ("pydoc", "wikitext2", "c4")
 TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
 # The splits each section of the configuration reads of its text.
 SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evaluation": ("test",)}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json")
 
 # The JSON Schema of the configuration, for people.
 TYPE_WORDS = {
@@ -134,6 +145,9 @@ def check_inputs(config: dict) -> None:
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
+    for file in Path(tasks).rglob("*") if tasks else []:
+        if file.is_file():
+            check_not_pointer(file)
     for section, splits in SPLITS_READ.items():
         options = config[section]
         length = options["sequence_length"]
@@ -143,6 +157,8 @@ def check_inputs(config: dict) -> None:
         key = f"config key {section}.{'texts' if section == 'evaluation' else 'text'}"
         for text in texts:
             check_text(key, text, splits, length)
+        if section == "evaluation":
+            check_distinct(key, texts)
 
 
 def check_writable(*folders: Path) -> None:
@@ -185,13 +201,74 @@ def local_model(model: str) -> Path | None:
 
 def check_model(folder: Path) -> None:
     """A folder in Hugging Face form: config.json, a tokenizer, and weights that are all there to the last byte."""
-    # Pickled weights are for the first job to convert: nothing here could read them.
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("pytorch_model*.bin")):
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for file in files:
+        check_not_pointer(file)
+    if has_only_pickles(folder):
+        for file in folder.glob(PICKLES):
+            check_pickle(file)
+    else:
         for file in weight_files(folder):
             safetensors_header(file)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: holds an adapter (adapter_config.json); merge it into the model, or move it away")
     read_json_object(folder / "config.json")
+    check_tokenizer(folder)
+    if not has_only_pickles(folder):
+        check_vocabulary(folder)
+
+
+def check_pickle(file: Path) -> None:
+    """Pickled weights are for the first job to convert; what torch saves now is a zip archive, whose end tells it is
+    whole."""
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
+        raise UserError(f"{file}: truncated ({file.stat().st_size} bytes); copy or download it again")
+    if start not in (b"PK", b"\x80\x02"):
+        raise UserError(f"{file}: no pickled weights as torch saves them; copy or download it again")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """A tokenizer is there, and its files hold what their names say."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
+    found = {name: read_json_object(folder / name) for name in TOKENIZER_JSON if (folder / name).is_file()}
+    if "tokenizer.json" in found and not isinstance(found["tokenizer.json"].get("model"), dict):
+        raise UserError(f"{folder / 'tokenizer.json'}: describes no tokenizer (no key 'model'); copy it again")
+    alone = not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt"))
+    if "vocab.json" in found and alone and not any(folder.glob("*.py")):
+        raise UserError(f"{folder}: vocab.json without merges.txt, which belongs to it; copy it beside config.json")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """No token of a text has a number beyond the embedding's rows."""
+    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
+    tokens, rows = _ordinary_tokens(file) if file else 0, _most_rows(folder)
+    if tokens > rows:
+        raise UserError(
+            f"{folder}: {file.name} has {tokens} tokens, the embedding {rows} rows; take both from the same model"
+        )
+
+
+def _ordinary_tokens(file: Path) -> int:
+    """How many rows the tokens of a tokenizer.json or vocab.json ask for, but for special ones: some models are
+    published with one that no text holds and no row is there for."""
+    content, added = read_json_object(file), []
+    if file.name == "tokenizer.json":
+        added = [token for token in content.get("added_tokens") or [] if isinstance(token, dict)]
+        content = content["model"].get("vocab")
+    numbers = set(range(len(content)) if isinstance(content, list) else dict(content or {}).values())
+    for token in added:
+        (numbers.discard if token.get("special") else numbers.add)(token.get("id"))
+    return 1 + max((number for number in numbers if isinstance(number, int)), default=-1)
+
+
+def _most_rows(folder: Path) -> float:
+    """The most rows of a matrix outside the numbered layers, where embedding and head are."""
+    headers = [safetensors_header(file)[0] for file in weight_files(folder)]
+    outside = [entry for header in headers for name, entry in header.items() if not re.search(r"\.\d+\.|^__", name)]
+    return max((entry["shape"][0] for entry in outside if len(entry["shape"]) == 2), default=math.inf)
 
 
 def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
@@ -217,6 +294,7 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
             raise UserError(f"{where}: no file {path}; name a file or one of {', '.join(CORPORA)}")
         if path.suffix not in TEXT_ENDINGS:
             raise UserError(f"{where}: {path} ends in none of {', '.join(TEXT_ENDINGS)}; give it the right ending")
+        check_not_pointer(path)
         size = path.stat().st_size
         # A token takes at least one byte of text; parquet is compressed, so its size says nothing.
         if size < sequence_length and path.suffix != ".parquet":
@@ -224,6 +302,17 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
                 f"{where}: {path} has {size} bytes, too few for one sequence of {sequence_length} tokens; "
                 "name a longer text or a shorter sequence_length"
             )
+
+
+def check_distinct(where: str, texts: list[str | dict]) -> None:
+    """No text is evaluated twice: the second figure would take the place of the first."""
+    for corpus in CORPORA:
+        if texts.count(corpus) > 1:
+            raise UserError(f"{where}: {corpus}: named twice; name each text once")
+    try:
+        distinct_names([str(path) for text in texts for path in text_files(text, SPLITS_READ["evaluation"])])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def text_files(text: str | dict, splits: tuple[str, ...]) -> list[Path]:
