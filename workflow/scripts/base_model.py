@@ -7,11 +7,13 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.files import weight_files
-from stepdown.models.checkpoint import Checkpoint, side_files, write_base_index
-from stepdown.models.decoder import open_decoder
+from stepdown.files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles, weight_files
+from stepdown.models.checkpoint import Checkpoint, new_folder, shard_of, side_files, write_base_index
+from stepdown.models.decoder import Decoder, open_decoder
 from stepdown.models.linears import FUSED
+from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
+from stepdown.plan.preflight import TOKENIZER_FILES
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -21,7 +23,9 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         weight_files(source)
         link_files(source, arguments.output_model)
+    check_tokenizer(arguments.output_model, arguments.trust_remote_code)
     decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
+    check_whole(decoder)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
     cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
     base_model = write_base_index(decoder.checkpoint)
@@ -38,16 +42,12 @@ def local_folder(model: str, revision: str | None) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
+        if not any((folder / name).is_file() for name in (SINGLE_FILE_NAME, INDEX_NAME)):
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {model}: no such folder, and the hub does not give it ({reason})") from None
     return folder
-
-
-def has_only_pickles(folder: Path) -> bool:
-    return not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
 
 
 def has_fused_experts(folder: Path) -> bool:
@@ -58,16 +58,40 @@ def has_fused_experts(folder: Path) -> bool:
 def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
     """Save a model the way its family is published: in safetensors, experts one by one. Pickles are loaded as weights
     only."""
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
-    shutil.rmtree(target, ignore_errors=True)
+    model = load_model(source, "auto", trust_remote_code)
     # Otherwise it would be saved the way it was found.
     model._weight_conversions = None
-    model.save_pretrained(target)
-    for file in side_files(source):
-        if not (target / file.name).exists():
-            shutil.copyfile(file, target / file.name)
+    if (source / "generation_config.json").exists():
+        # Copied below: transformers does not save everything that it reads.
+        model.generation_config = GenerationConfig()
+    with new_folder(target) as folder:
+        with told_in_one_line(source, "transformers cannot save it in safetensors"):
+            model.save_pretrained(folder)
+        for file in side_files(source):
+            if file.name != "config.json":
+                shutil.copyfile(file, folder / file.name)
+
+
+def check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
+    """A tokenizer that cannot be used is told now, and not by the job that reads a text."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        load_tokenizer(folder, trust_remote_code)
+
+
+def check_whole(decoder: Decoder) -> None:
+    """Everything the model has is stored; stored layers that it does not have are told."""
+    checkpoint, used = decoder.checkpoint, set(decoder.stored.values())
+    missing = sorted(dict(decoder.model.named_parameters()).keys() - decoder.stored.keys())
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: no tensor for {missing[0]}, which config.json asks for; take both from one model"
+        )
+    unused = {shard_of(name) for name in checkpoint.names} - {shard_of(name) for name in used} - {"rest"}
+    if unused:
+        count, layers = len(unused), len(decoder.layers)
+        cli.log.warning("%d stored layers are not used, as %s: config.json has %d layers", count, min(unused), layers)
 
 
 def link_files(source: Path, target: Path) -> None:

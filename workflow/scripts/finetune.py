@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stepdown import cli
 from stepdown.errors import UserError
@@ -15,6 +15,7 @@ from stepdown.files import check_length, weight_files, write_json
 from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
 from stepdown.models.decoder import choose_device, stored_names
 from stepdown.models.linears import as_linears_
+from stepdown.models.loading import load_model, load_tokenizer
 from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.recover.distillation import load_teacher
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
@@ -73,9 +74,7 @@ def _finetune(
     _quiet_libraries()
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
-    )
+    model = load_model(arguments.model, torch.float32, arguments.trust_remote_code)
     as_linears_(model)
     stored = _stored_names(model, checkpoint)
     masks = _keep_masks(model, step, stored)
@@ -117,7 +116,7 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     """
     text, length = parse_text(arguments.text), arguments.sequence_length
     check_length("--sequence-length", length, arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     evaluation = training_windows(text, tokenizer, "valid", length, EVALUATION_WINDOWS, arguments.seed)
     if arguments.tokens_per_epoch is None:
         return training_windows(text, tokenizer, "train", length, None, arguments.seed), evaluation

@@ -15,7 +15,7 @@ from stepdown.packed.model import load_packed
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
+    from stepdown.models.loading import load_tokenizer
 
     if arguments.tokens < 1 or not arguments.prompt:
         raise UserError("--tokens must be 1 or more, and --prompt must not be empty")
@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> None:
     # One after the other, so that only one of them is in memory.
     for name, kernel in (("packed", arguments.kernel), ("dense in torch", "torch")):
         model = load_packed(arguments.model, kernel, **options)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
         tokens, speed = continue_prompt(model, tokenizer(arguments.prompt, return_tensors="pt"), arguments.tokens)
         texts[name] = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(texts) == 1:

@@ -4,12 +4,12 @@ import argparse
 from dataclasses import fields
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdown import cli
 from stepdown.files import check_length, write_json
 from stepdown.models.decoder import choose_device, open_decoder
 from stepdown.models.linears import as_linears_
+from stepdown.models.loading import load_model, load_tokenizer
 from stepdown.plan.runs import parse_gradual
 from stepdown.prune.methods import method_names
 from stepdown.recover.gradual_sparsity import GradualSettings, prune_checkpoint
@@ -20,13 +20,11 @@ def main(arguments: argparse.Namespace) -> None:
     run = parse_gradual(arguments.run, method_names())
     text = parse_text(arguments.text)
     check_length("--sequence-length", arguments.sequence_length, arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     count = None if arguments.tokens is None else max(1, arguments.tokens // arguments.sequence_length)
     windows = training_windows(text, tokenizer, "train", arguments.sequence_length, count, arguments.seed)
     decoder = open_decoder(arguments.model, arguments.device, arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, trust_remote_code=arguments.trust_remote_code
-    )
+    model = load_model(arguments.model, torch.float32, arguments.trust_remote_code)
     as_linears_(model)
     model.to(choose_device(arguments.device))
     settings = GradualSettings(**{field.name: getattr(arguments, field.name) for field in fields(GradualSettings)})

@@ -8,11 +8,11 @@ import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import write_json
+from stepdown.models import loading
 from stepdown.models.decoder import choose_device
 
 
@@ -51,9 +51,8 @@ def check_tasks(wanted: list[str], known: list[str]) -> None:
 def load_model(arguments: argparse.Namespace) -> HFLM:
     """The model as lm-eval takes it: whole, and in the type of its checkpoint."""
     device = choose_device(arguments.device)
-    trust = {"trust_remote_code": arguments.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", **trust).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trust)
+    model = loading.load_model(arguments.model, "auto", arguments.trust_remote_code).to(device).eval()
+    tokenizer = loading.load_tokenizer(arguments.model, arguments.trust_remote_code)
     torch.manual_seed(0)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=arguments.batch_size)
 

@@ -15,12 +15,11 @@ from ..models.sliced import read_width
 
 def load_model(folder: Path | str, device: str, trust_remote_code: bool = False) -> nn.Module:
     """A model ready for use, in the type of its checkpoint; packed weights are unpacked: no kernel here takes them."""
-    from transformers import AutoModelForCausalLM
+    from ..models import loading
 
     if read_width(folder) or isinstance(open_checkpoint(folder), QuantisedCheckpoint):
         return load_whole(folder, device, trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    return model.to(choose_device(device)).eval()
+    return loading.load_model(folder, "auto", trust_remote_code).to(choose_device(device)).eval()
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def open_decoder(
     dtype = getattr(model.config, "dtype", None) or model.dtype
     stored = stored_names(model, checkpoint)
     checkpoint.transposed = frozenset(stored[f"{name}.weight"] for name in transposed if f"{name}.weight" in stored)
+    check_sizes(model, checkpoint, stored)
     waiting = torch.device("cpu") if hidden_states == "cpu" else target
     decoder = Decoder(model, layers_name, dtype, target, waiting, checkpoint, stored)
     if not decoder.linears():
@@ -99,16 +100,16 @@ def build_empty(folder: Path | str, trust_remote_code: bool = False) -> nn.Modul
     """The causal language model of a folder's config.json with parameters on the meta device and real buffers."""
     # Imported here: what only reads checkpoints should not wait seconds for it.
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
     from transformers.initialization import no_init_weights
 
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    from .loading import build_model
+
+    def build(config: PretrainedConfig) -> nn.Module:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a causal language model that transformers can build ({reason})") from None
+
+    return build_model(folder, build, trust_remote_code)
 
 
 def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -135,9 +136,21 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         elif renamed in own and not pattern:
             stored[renamed] = name
     for name, source in model.all_tied_weights_keys.items():
-        if name not in stored and source in stored:
-            stored[name] = stored[source]
+        # Either of two that are one may be the one that is stored.
+        for own, other in ((name, source), (source, name)):
+            if own not in stored and other in stored:
+                stored[own] = stored[other]
     return stored
+
+
+def check_sizes(model: nn.Module, checkpoint: Checkpoint, stored: dict[str, str]) -> None:
+    """Raises `UserError` for a tensor that config.json makes of another shape than the weights have."""
+    for name, tensor in model.state_dict().items():
+        if name in stored and (found := checkpoint.shape(stored[name])) != tuple(tensor.shape):
+            raise UserError(
+                f"{checkpoint.folder}: config.json makes {name} {list(tensor.shape)}, the weights hold {list(found)}; "
+                "take both from the same model"
+            )
 
 
 def find_layers(model: nn.Module) -> str:

@@ -4,7 +4,6 @@
 model sees no difference.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import read_json_object
 from ..plan.compressions import Quantisation
 from ..tensors.quantisation import Quantised
 from .checkpoint import Checkpoint
@@ -71,7 +71,9 @@ class QuantisedCheckpoint(Checkpoint):
         return name in self._parts or super().__contains__(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors([name])[name].shape) if name in self._parts else super().shape(name)
+        if name not in self._parts:
+            return super().shape(name)
+        return tuple(super().tensors([f"{name}_shape"])[f"{name}_shape"].tolist())
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors, packed ones as the weights they stand for."""
@@ -87,13 +89,12 @@ class QuantisedCheckpoint(Checkpoint):
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint of a folder; raises `UserError` for a quantised one in a format that is not ours."""
     config = Path(folder) / "config.json"
-    quantisation = (
-        json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
-    )
+    quantisation = read_json_object(config).get("quantization_config") if config.is_file() else None
     if not quantisation:
         return Checkpoint(folder)
-    groups = list(quantisation.get("config_groups", {}).values())
-    if quantisation.get("format") != FORMAT or len(groups) != 1:
+    ours = isinstance(quantisation, dict) and quantisation.get("format") == FORMAT
+    groups = list(quantisation.get("config_groups", {}).values()) if ours else []
+    if len(groups) != 1:
         raise UserError(
             f"{folder}: quantised in another format than pack-quantized; give the model before quantisation"
         )

@@ -27,11 +27,11 @@ def open_model(arguments: argparse.Namespace, folder: Path | None = None) -> Dec
 def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
     """The windows a command line asks for (`cli.calibration_parser`), int64 [samples, tokens], and what they are in
     words and numbers for a report."""
-    from transformers import AutoTokenizer
+    from ..models.loading import load_tokenizer
 
     text = parse_text(arguments.text)
     check_length("--sequence-length", arguments.sequence_length, arguments.model)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     windows = calibration_windows(text, tokenizer, arguments.samples, arguments.sequence_length, arguments.seed)
     numbers = {key: getattr(arguments, key) for key in ("samples", "sequence_length", "seed")}
     return windows, {"text": describe(text, "train"), **numbers}

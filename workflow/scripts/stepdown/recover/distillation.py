@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..models.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Distillation:
 
 def load_teacher(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder to learn from: in bfloat16, half a float32 model's memory, and without gradients."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    teacher = load_model(folder, torch.bfloat16, trust_remote_code)
     return teacher.to(device).eval().requires_grad_(False)
 
 

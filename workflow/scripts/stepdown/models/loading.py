@@ -1,0 +1,94 @@
+"""What transformers makes of a folder: configuration, model, tokenizer; what it does not take is told in one line."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from ..cli import log
+from ..errors import UserError
+
+# Of a reason; some libraries write pages.
+REASON_LENGTH = 300
+
+
+def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of a folder with its weights; `auto` is the type they are stored in."""
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    return build_model(
+        folder, lambda config: AutoModelForCausalLM.from_pretrained(folder, config=config, **options), trust_remote_code
+    )
+
+
+def build_model(
+    folder: Path | str, build: Callable[[PretrainedConfig], nn.Module], trust_remote_code: bool = False
+) -> nn.Module:
+    """What `build` makes of a folder's configuration; where the attention it names is not installed, with what
+    transformers takes by itself. Raises `UserError` with the library's reason."""
+    with told_in_one_line(folder, "not a causal language model that transformers can build"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        try:
+            return build(config)
+        except ImportError as error:
+            asked = config._attn_implementation
+            if not asked or "flash" not in str(asked):
+                raise
+            config._attn_implementation = None
+            model = build(config)
+            log.warning(
+                "%s: %s is not to be had here (%s); %s takes its place",
+                folder,
+                asked,
+                reason_of(error),
+                model.config._attn_implementation,
+            )
+            return model
+
+
+def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; raises `UserError` where it has tokens that the embedding has no row for."""
+    with told_in_one_line(folder, "no tokenizer that transformers can build"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is not None:
+        numbers = set(tokenizer.get_vocab().values())
+        # Some models are published with a special token that no text holds and no row is there for.
+        unused = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unused -= set(tokenizer("").input_ids)
+        if max(numbers - unused, default=0) >= rows:
+            raise UserError(
+                f"{folder}: the tokenizer has {max(numbers) + 1} tokens, the embedding {rows} rows; "
+                "take both from the same model"
+            )
+        # For whoever reads a text, which may hold one all the same.
+        tokenizer.embedding_rows = rows
+    return tokenizer
+
+
+@contextmanager
+def told_in_one_line(folder: Path | str, what: str) -> Iterator[None]:
+    """Whatever libraries raise over a folder's files, which are as many kinds as there are files, as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}: {what} ({reason_of(error)}){_advice(str(error))}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The kind and the words of an exception in one line."""
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words if len(words) <= REASON_LENGTH else f"{words[:REASON_LENGTH]} ..."
+
+
+def _advice(words: str) -> str:
+    if "trust_remote_code" in words:
+        return "; it comes with code of its own: set trust_remote_code: true (--trust-remote-code) if you trust it"
+    if "sentencepiece" in words or "tiktoken" in words:
+        return "; copy its tokenizer.json too, or pip install sentencepiece tiktoken"
+    return "; mend what it names, or take another model"
