@@ -2,30 +2,33 @@
 
 import argparse
 import os
+import re
 import shutil
 from pathlib import Path
 
+from transformers import GenerationConfig
+
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles, weight_files
+from stepdown.files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
 from stepdown.models.checkpoint import Checkpoint, new_folder, shard_of, side_files, write_base_index
 from stepdown.models.decoder import Decoder, open_decoder
 from stepdown.models.linears import FUSED
 from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
-from stepdown.plan.preflight import TOKENIZER_FILES
+from stepdown.plan.preflight import check_tokenizer, check_weights, has_tokenizer
 
 
 def main(arguments: argparse.Namespace) -> None:
     source = local_folder(arguments.model, arguments.revision)
+    check_weights(source)
     if has_only_pickles(source) or has_fused_experts(source):
         convert(source, arguments.output_model, arguments.trust_remote_code)
     else:
-        weight_files(source)
         link_files(source, arguments.output_model)
-    check_tokenizer(arguments.output_model, arguments.trust_remote_code)
     decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
-    check_whole(decoder)
+    check_layers(decoder)
+    check_side_files(arguments.output_model, arguments.trust_remote_code)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
     cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
     base_model = write_base_index(decoder.checkpoint)
@@ -58,8 +61,6 @@ def has_fused_experts(folder: Path) -> bool:
 def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
     """Save a model the way its family is published: in safetensors, experts one by one. Pickles are loaded as weights
     only."""
-    from transformers import GenerationConfig
-
     model = load_model(source, "auto", trust_remote_code)
     # Otherwise it would be saved the way it was found.
     model._weight_conversions = None
@@ -74,24 +75,34 @@ def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def check_tokenizer(folder: Path, trust_remote_code: bool) -> None:
-    """A tokenizer that cannot be used is told now, and not by the job that reads a text."""
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+def check_side_files(folder: Path, trust_remote_code: bool) -> None:
+    """What later jobs read beside the weights, so that none of them is the first to find fault with it."""
+    if has_tokenizer(folder):
+        check_tokenizer(folder)
         load_tokenizer(folder, trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        with told_in_one_line(folder / "generation_config.json", "transformers cannot read it"):
+            GenerationConfig.from_pretrained(folder)
 
 
-def check_whole(decoder: Decoder) -> None:
-    """Everything the model has is stored; stored layers that it does not have are told."""
-    checkpoint, used = decoder.checkpoint, set(decoder.stored.values())
-    missing = sorted(dict(decoder.model.named_parameters()).keys() - decoder.stored.keys())
+def check_layers(decoder: Decoder) -> None:
+    """Everything the model has is stored, and no layer is stored that it does not have, but for those its family leaves
+    out."""
+    model, checkpoint = decoder.model, decoder.checkpoint
+    missing = sorted(dict(model.named_parameters()).keys() - decoder.stored.keys())
     if missing:
         raise UserError(
             f"{checkpoint.folder}: no tensor for {missing[0]}, which config.json asks for; take both from one model"
         )
-    unused = {shard_of(name) for name in checkpoint.names} - {shard_of(name) for name in used} - {"rest"}
-    if unused:
-        count, layers = len(unused), len(decoder.layers)
-        cli.log.warning("%d stored layers are not used, as %s: config.json has %d layers", count, min(unused), layers)
+    used = {shard_of(name) for name in decoder.stored.values()}
+    left_out = [name for name in checkpoint.names if shard_of(name) not in used]
+    left_out = [name for name in left_out if shard_of(name).rpartition(".")[0] in {s.rpartition(".")[0] for s in used}]
+    for name in left_out:
+        if not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
+            raise UserError(
+                f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "
+                "take both from one model"
+            )
 
 
 def link_files(source: Path, target: Path) -> None:

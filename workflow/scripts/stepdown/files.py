@@ -11,6 +11,7 @@ from .errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 PICKLES = "pytorch_model*.bin"
+PICKLES_INDEX = "pytorch_model.bin.index.json"
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -49,7 +50,7 @@ def weight_files(folder: Path | str) -> list[Path]:
     if not (folder / "config.json").is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
         raise UserError(f"{folder}: {found}; give the folder of a Hugging Face model")
-    single, names = (folder / SINGLE_FILE_NAME).is_file(), _names_in_index(folder / INDEX_NAME)
+    single, names = (folder / SINGLE_FILE_NAME).is_file(), names_in_index(folder / INDEX_NAME)
     if not names:
         if single:
             return [folder / SINGLE_FILE_NAME]
@@ -64,6 +65,19 @@ def weight_files(folder: Path | str) -> list[Path]:
             f"{folder}: has {SINGLE_FILE_NAME}, and {INDEX_NAME} that names {names[0]} instead; remove one of the two"
         )
     return [folder / name for name in names]
+
+
+def names_in_index(path: Path) -> list[str]:
+    """The files an index says the weights are in; none where there is no index."""
+    if not path.is_file():
+        return []
+    names = read_json_object(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{path}: not a readable index of weights; copy or download it again")
+    for name in set(names.values()):
+        if name != Path(name).name:
+            raise UserError(f"{path}: names {name!r}; put every file of the weights beside config.json")
+    return sorted(set(names.values()))
 
 
 def has_only_pickles(folder: Path) -> bool:
@@ -156,16 +170,3 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("a value in it is NaN")
     return float(name)
-
-
-def _names_in_index(path: Path) -> list[str]:
-    """The files an index says the weights are in; none where there is no index."""
-    if not path.is_file():
-        return []
-    names = read_json_object(path).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"{path}: not a readable index of weights; copy or download it again")
-    for name in set(names.values()):
-        if name != Path(name).name:
-            raise UserError(f"{path}: names {name!r}; put every file of the weights beside config.json")
-    return sorted(set(names.values()))

@@ -79,15 +79,14 @@ def describe(text: Text, split: str) -> str:
 
 def label(text: Text, split: str) -> str:
     """What to call a text in a figure or a message: its name, or that of the split's file."""
-    if not isinstance(text, str):
-        text = text[split]
-    return text if text in _SOURCES else Path(text).name
+    name = _named(text, split)
+    return name if name in _SOURCES else Path(name).name
 
 
 def labels(texts: Sequence[Text], split: str) -> list[str]:
     """What to call each of several texts beside the others, no two alike; raises UserError for one that is named
     twice."""
-    named = [text if isinstance(text, str) else text[split] for text in texts]
+    named = [_named(text, split) for text in texts]
     corpora = [name for name in named if name in _SOURCES]
     if twice := {name for name in corpora if corpora.count(name) > 1}:
         raise UserError(f"text {min(twice)}: named twice; name each text once")
@@ -233,9 +232,16 @@ def _documents(text: Text, split: str) -> list[str]:
     if isinstance(text, str):
         return _SOURCES[text](split) if text in _SOURCES else _file_documents(text, split)
     _check_mapping(text)
+    return _file_documents(_named(text, split))
+
+
+def _named(text: Text, split: str) -> str:
+    """The corpus, or the path of the file, that a split is read from."""
+    if isinstance(text, str):
+        return text
     if split not in text:
         raise UserError(f"text: its mapping has no {split}, only {', '.join(text)}; write {_MAPPING_FORM}")
-    return _file_documents(text[split])
+    return text[split]
 
 
 def _check_mapping(mapping: Mapping) -> None:

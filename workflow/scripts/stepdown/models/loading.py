@@ -28,7 +28,7 @@ def build_model(
 ) -> nn.Module:
     """What `build` makes of a folder's configuration; where the attention it names is not installed, with what
     transformers takes by itself. Raises `UserError` with the library's reason."""
-    with told_in_one_line(folder, "not a causal language model that transformers can build"):
+    with told_in_one_line(folder, "not a causal language model that transformers can load"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         try:
             return build(config)
@@ -50,7 +50,7 @@ def build_model(
 
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises `UserError` where it has tokens that the embedding has no row for."""
-    with told_in_one_line(folder, "no tokenizer that transformers can build"):
+    with told_in_one_line(folder, "no tokenizer that transformers can load"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None)
@@ -77,7 +77,12 @@ def told_in_one_line(folder: Path | str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{folder}: {what} ({reason_of(error)}){_advice(str(error))}") from error
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: comes with code of its own; if you trust it, set trust_remote_code: true (by hand"
+                " --trust-remote-code)"
+            ) from None
+        raise UserError(f"{folder}: {what} ({reason_of(error)}); {_advice(str(error))}") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -87,8 +92,6 @@ def reason_of(error: Exception) -> str:
 
 
 def _advice(words: str) -> str:
-    if "trust_remote_code" in words:
-        return "; it comes with code of its own: set trust_remote_code: true (--trust-remote-code) if you trust it"
     if "sentencepiece" in words or "tiktoken" in words:
-        return "; copy its tokenizer.json too, or pip install sentencepiece tiktoken"
-    return "; mend what it names, or take another model"
+        return "copy its tokenizer.json too, or pip install sentencepiece tiktoken"
+    return "mend what it names, or take another model"

@@ -12,10 +12,12 @@ from pathlib import Path
 from ..errors import UserError
 from ..files import (
     PICKLES,
+    PICKLES_INDEX,
     check_length,
     check_not_pointer,
     distinct_names,
     has_only_pickles,
+    names_in_index,
     read_json_object,
     safetensors_header,
     weight_files,
@@ -201,11 +203,20 @@ def local_model(model: str) -> Path | None:
 
 def check_model(folder: Path) -> None:
     """A folder in Hugging Face form: config.json, a tokenizer, and weights that are all there to the last byte."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for file in files:
-        check_not_pointer(file)
+    check_weights(folder)
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
+    check_tokenizer(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """config.json, and weights that are all there to the last byte."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            check_not_pointer(file)
     if has_only_pickles(folder):
-        for file in folder.glob(PICKLES):
+        named = names_in_index(folder / PICKLES_INDEX)
+        for file in [folder / name for name in named] or folder.glob(PICKLES):
             check_pickle(file)
     else:
         for file in weight_files(folder):
@@ -213,14 +224,13 @@ def check_model(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds an adapter (adapter_config.json); merge it into the model, or move it away")
     read_json_object(folder / "config.json")
-    check_tokenizer(folder)
-    if not has_only_pickles(folder):
-        check_vocabulary(folder)
 
 
 def check_pickle(file: Path) -> None:
     """Pickled weights are for the first job to convert; what torch saves now is a zip archive, whose end tells it is
     whole."""
+    if not file.is_file():
+        raise UserError(f"{file.parent}: {file.name}, named in {PICKLES_INDEX}, is missing; copy it too")
     with file.open("rb") as opened:
         start = opened.read(2)
     if not start or (start == b"PK" and not zipfile.is_zipfile(file)):
@@ -229,23 +239,20 @@ def check_pickle(file: Path) -> None:
         raise UserError(f"{file}: no pickled weights as torch saves them; copy or download it again")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def check_tokenizer(folder: Path) -> None:
-    """A tokenizer is there, and its files hold what their names say."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy it beside config.json")
+    """The files of a tokenizer hold what their names say, and no more tokens than the embedding has rows."""
     found = {name: read_json_object(folder / name) for name in TOKENIZER_JSON if (folder / name).is_file()}
     if "tokenizer.json" in found and not isinstance(found["tokenizer.json"].get("model"), dict):
         raise UserError(f"{folder / 'tokenizer.json'}: describes no tokenizer (no key 'model'); copy it again")
     alone = not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "merges.txt"))
     if "vocab.json" in found and alone and not any(folder.glob("*.py")):
         raise UserError(f"{folder}: vocab.json without merges.txt, which belongs to it; copy it beside config.json")
-
-
-def check_vocabulary(folder: Path) -> None:
-    """No token of a text has a number beyond the embedding's rows."""
-    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).is_file()), None)
-    tokens, rows = _ordinary_tokens(file) if file else 0, _most_rows(folder)
-    if tokens > rows:
+    file = next((folder / name for name in ("tokenizer.json", "vocab.json") if name in found), None)
+    if file and not has_only_pickles(folder) and (tokens := _ordinary_tokens(file)) > (rows := _most_rows(folder)):
         raise UserError(
             f"{folder}: {file.name} has {tokens} tokens, the embedding {rows} rows; take both from the same model"
         )
@@ -256,9 +263,10 @@ def _ordinary_tokens(file: Path) -> int:
     published with one that no text holds and no row is there for."""
     content, added = read_json_object(file), []
     if file.name == "tokenizer.json":
-        added = [token for token in content.get("added_tokens") or [] if isinstance(token, dict)]
-        content = content["model"].get("vocab")
-    numbers = set(range(len(content)) if isinstance(content, list) else dict(content or {}).values())
+        content, added = content["model"].get("vocab"), content.get("added_tokens") or []
+    if not isinstance(content, dict | list | None) or not all(isinstance(token, dict) for token in added):
+        raise UserError(f"{file}: its tokens are no list; copy it again")
+    numbers = set(range(len(content)) if isinstance(content, list) else content.values() if content else ())
     for token in added:
         (numbers.discard if token.get("special") else numbers.add)(token.get("id"))
     return 1 + max((number for number in numbers if isinstance(number, int)), default=-1)
