@@ -116,6 +116,8 @@ def test_jsonl_and_parquet_give_their_column_text(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', ["row 2"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', ["row 2", "not JSON"]),
         ("a.jsonl", b'{"text": ""}\n{"text": ""}\n', ["a.jsonl", "empty"]),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ["row 1", "not JSON"]),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["a.txt", "pointer of git-lfs"]),
         ("a.parquet", b"text", ["a.parquet", "not a readable Parquet file"]),
     ],
 )
@@ -176,6 +178,44 @@ def test_a_text_is_called_by_its_name_or_its_file():
     assert text.label("pydoc", "test") == "pydoc"
     assert text.label("some/where/a.txt", "test") == "a.txt"
     assert text.label({"train": "a.txt", "test": "some/where/b.txt"}, "test") == "b.txt"
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels"),
+    [
+        (["pydoc", "some/a.txt"], ["pydoc", "a.txt"]),
+        ([{"test": "wiki/test.txt"}, {"test": "stories/test.txt"}], ["wiki/test.txt", "stories/test.txt"]),
+        (["one/x/a.txt", "b.txt", "two/x/a.txt", "/y/a.txt"], ["one/x/a.txt", "b.txt", "two/x/a.txt", "/y/a.txt"]),
+        (["/a.txt", "/x/a.txt"], ["/a.txt", "x/a.txt"]),
+    ],
+)
+def test_no_two_texts_are_called_the_same(texts, labels):
+    assert text.labels(texts, "test") == labels
+
+
+@pytest.mark.parametrize("texts", [["pydoc", "pydoc"], ["a.txt", "x/../a.txt"], ["a.txt", {"test": "a.txt"}]])
+def test_a_text_named_twice_is_told(texts):
+    with pytest.raises(UserError) as caught:
+        text.labels(texts, "test")
+    assert "named twice" in one_line(caught)
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path, tokenizer, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a\ud83d b\udc00"}, {"text": "whole \U0001f600"}])
+    documents = text.load_documents({"train": path}, "train")
+    assert documents == ["a\ufffd b\ufffd", "whole \U0001f600"]
+    assert "2 lone surrogates" in caplog.text
+    assert len(text.token_stream(documents, tokenizer)) > 0
+
+
+def test_a_token_without_a_row_is_named():
+    tokenizer = byte_tokenizer()
+    tokenizer.embedding_rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<image>"})
+    text.token_stream(["nothing odd"], tokenizer)
+    with pytest.raises(UserError) as caught:
+        text.token_stream(["an <image> here"], tokenizer)
+    assert "'<image>'" in one_line(caught)
 
 
 def test_the_protocol_names_what_was_read_and_no_folder():

@@ -143,6 +143,31 @@ def damage_garbled_index(model):
     (model / "model.safetensors.index.json").write_text("{")
 
 
+def damage_outside(model):
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    index = {"weight_map": {"a.weight": "../outside.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damage_numbered_index(model):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": 3}}))
+
+
+def damage_two_of_them(model):
+    """transformers would read the one file, where there are both."""
+    shutil.copyfile(model / "model.safetensors", model / "a.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "a.safetensors"}}))
+
+
+def damage_header(model):
+    header = json.dumps({"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 0]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def damage_deep_header(model):
+    (model / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -152,6 +177,11 @@ def damage_garbled_index(model):
         (damage_empty, "truncated"),
         (damage_missing_shard, "model-00001.safetensors, named in .* is missing"),
         (damage_garbled_index, r"index\.json: not JSON"),
+        (damage_outside, r"names '\.\./outside\.safetensors'; put every file of the weights beside config\.json"),
+        (damage_numbered_index, "not a readable index"),
+        (damage_two_of_them, "has model.safetensors, and .* that names a.safetensors instead"),
+        (damage_header, "its header is unreadable"),
+        (damage_deep_header, "its header is unreadable"),
     ],
 )
 def test_damaged_folders_are_named(model, damage, message):
@@ -168,6 +198,14 @@ def test_tier_maps_come_back_as_written(tier_map, tmp_path):
     write_tier_map(again, tmp_path / "map.safetensors")
     assert (tmp_path / "map.safetensors").read_bytes() == first
     assert again.shapes == tier_map.shapes and again.identity == tier_map.identity
+
+
+def test_two_names_of_one_tensor_are_two_on_disk(tmp_path):
+    tied = torch.arange(6.0).view(2, 3)
+    save_tensors({"embedding": tied, "head": tied, "empty": tied[:0]}, tmp_path / "tied.safetensors", {"format": "pt"})
+    loaded = load_file(tmp_path / "tied.safetensors")
+    assert loaded.keys() == {"embedding", "head", "empty"}
+    assert torch.equal(loaded["embedding"], tied) and torch.equal(loaded["head"], tied)
 
 
 def test_metadata_has_one_order(tmp_path):

@@ -195,6 +195,93 @@ def test_a_shard_that_is_something_else(model):
     assert "a.safetensors" in error_of(preflight.check_model, model)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "b.safetensors", "model.safetensors.index.json", "generation_config.json"]
+)
+def test_a_pointer_of_git_lfs(model, name):
+    (model / name).write_text(POINTER)
+    assert f"{name}: only a pointer of git-lfs" in error_of(preflight.check_model, model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda saved: saved[:-100], "truncated"),
+        (lambda saved: saved[:100], "truncated"),
+        (lambda saved: b"", "truncated (0 bytes)"),
+        (lambda saved: POINTER.encode(), "only a pointer of git-lfs"),
+        (lambda saved: b"<html>", "no pickled weights"),
+    ],
+)
+def test_pickled_weights_that_are_not_whole(model, damage, told):
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"a": torch.ones(3, 5)}, model / "pytorch_model.bin")
+    (model / "pytorch_model.bin").write_bytes(damage((model / "pytorch_model.bin").read_bytes()))
+    assert told in error_of(preflight.check_model, model)
+
+
+def test_pickled_weights_of_which_a_file_is_missing(model):
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"a": torch.ones(3, 5)}, model / "pytorch_model-1.bin")
+    index = {"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert "pytorch_model-2.bin, named in pytorch_model.bin.index.json, is missing" in error_of(
+        preflight.check_model, model
+    )
+
+
+ADDED = [{"id": 3, "content": "<a>"}, {"id": 4, "content": "<b>"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"tokenizer.json": ""}, "tokenizer.json: not JSON"),
+        ({"tokenizer.json": "{}"}, "describes no tokenizer"),
+        ({"tokenizer.json": {"model": {"vocab": "x"}}}, "its tokens are no list"),
+        ({"tokenizer_config.json": "["}, "tokenizer_config.json: not JSON"),
+        ({"tokenizer.json": None, "vocab.json": {"a": 0}}, "vocab.json without merges.txt"),
+        (
+            {"tokenizer.json": None, "vocab.json": {"a": 9}, "merges.txt": ""},
+            "has 10 tokens, the embedding 3 rows",
+        ),
+        (
+            {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 3}}}},
+            "has 4 tokens, the embedding 3 rows",
+        ),
+        (
+            {"tokenizer.json": {"model": {"vocab": [["a", 0.0]] * 4}}},
+            "has 4 tokens, the embedding 3 rows",
+        ),
+        ({"tokenizer.json": {"model": {"vocab": {}}, "added_tokens": ADDED}}, "has 5 tokens, the embedding 3 rows"),
+    ],
+)
+def test_a_tokenizer_that_is_none_or_of_another_model(model, files, told):
+    for name, content in files.items():
+        (model / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        if content is None:
+            (model / name).unlink()
+    assert told in error_of(preflight.check_model, model)
+
+
+def test_a_special_token_needs_no_row(model):
+    """As Gemma 3 is published: no text holds it."""
+    special = [token | {"special": True} for token in ADDED]
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 2}}, "added_tokens": special}))
+    preflight.check_model(model)
+
+
+def test_an_adapter_beside_the_weights(model):
+    """transformers would load it too, and nothing else here."""
+    (model / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in error_of(preflight.check_model, model)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "b.safetensors"])
 def test_a_missing_file(model, name):
     (model / name).unlink()
@@ -207,7 +294,7 @@ def test_a_model_without_weights(model):
     assert "no weights" in error_of(preflight.check_model, model)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '"model"'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '"model"', '{"rms_norm_eps": NaN}', "[" * 100_000, "\ufeff{}"])
 def test_a_config_that_is_none(model, content):
     (model / "config.json").write_text(content)
     assert "config.json" in error_of(preflight.check_model, model)
@@ -256,6 +343,22 @@ def test_texts(tmp_path):
     other = tmp_path / "some.doc"
     other.write_text("word " * 100)
     assert "some.doc ends in none of .txt" in error_of(check, "here", str(other), ("train",), 8)
+
+
+def test_a_text_that_is_only_a_pointer(tmp_path):
+    (tmp_path / "a.txt").write_text(POINTER)
+    assert "a.txt: only a pointer" in error_of(preflight.check_text, "here", str(tmp_path / "a.txt"), ("test",), 8)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["pydoc", "a.txt", "pydoc"], ["a.txt", "b.txt", "./a.txt"], [{"test": "x/../a.txt"}, "a.txt"]],
+    ids=["corpus", "file", "mapping"],
+)
+def test_a_text_evaluated_twice(texts):
+    assert "evaluation.texts: " in (told := error_of(preflight.check_distinct, "config key evaluation.texts", texts))
+    assert "named twice; name each text once" in told
+    preflight.check_distinct("here", ["pydoc", "wikitext2", "x/a.txt", "y/a.txt", {"test": "z/a.txt"}])
 
 
 def test_a_complete_configuration_is_checked_against_what_it_names(model, tmp_path):

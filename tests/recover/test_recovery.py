@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -491,6 +491,34 @@ def test_the_script_keeps_names_types_and_zeros_and_repeats_itself(pruned, metho
     first = contents(pruned / "finetuned_model") | {"log": (pruned / "training.json").read_bytes()}
     finetuned(pruned, method=method)
     assert contents(pruned / "finetuned_model") | {"log": (pruned / "training.json").read_bytes()} == first
+
+
+@pytest.mark.parametrize(
+    ("stored", "changed"),
+    [
+        (("lm_head.weight", "model.embed_tokens.weight"), {"method": "full"}),
+        (("lm_head.weight", "model.embed_tokens.weight"), {"method": "lora"}),
+        (("lm_head.weight",), {"method": "full"}),
+    ],
+)
+def test_tied_weights_are_saved_under_the_names_they_were_stored_by(pruned, stored, changed):
+    """And of a generation config that transformers reads and would not save again, nothing is asked."""
+    folder = pruned / "pruned_model"
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    matrix = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {name: matrix.clone() for name in stored}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.5, "num_beams": 0}))
+    write_tier_map(tiers_of(folder), pruned / "tier_map.safetensors")
+    finetuned(pruned, **changed)
+    after = {}
+    for file in (pruned / "finetuned_model").glob("*.safetensors"):
+        after |= load_file(file)
+    assert after.keys() == weights.keys() | set(stored)
+    assert all(torch.equal(after[name], after["lm_head.weight"]) for name in stored)
+    assert torch.equal(after["lm_head.weight"], matrix) == (changed["method"] == "lora")
 
 
 @pytest.mark.parametrize("changed", [{"epochs": 0}, {"learning_rate": 30.0}], ids=["0 epochs", "made worse"])

@@ -133,7 +133,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     def tail(own: tuple[str, ...]) -> str:
         others = same_name[own[-1]]
         return next(
-            "/".join(own[-count:])
+            str(Path(*own[-count:]))
             for count in range(1, len(own) + 1)
             if len({other[-count:] for other in others}) == len(others)
         )
