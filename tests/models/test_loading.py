@@ -134,6 +134,22 @@ def test_flash_attention_that_is_not_there_is_replaced_with_a_word(model, caplog
     assert torch.equal(load_model(model, torch.float32)(tokens).logits, expected)
 
 
+def test_weights_in_whole_numbers_are_refused(model, monkeypatch):
+    change_weights(model, lambda weights: weights.update({"lm_head.weight": torch.ones(4096, 48, dtype=torch.int8)}))
+    assert "lm_head.weight is stored as whole numbers" in base_model(model, monkeypatch)
+
+
+def test_a_config_that_asks_for_outputs_without_names_changes_nothing(model):
+    tokens = torch.arange(24).view(2, 12)
+    expected = load_model(model, torch.float32)(tokens).logits
+    change(model, return_dict=False, output_hidden_states=True)
+    assert torch.equal(load_model(model, torch.float32)(tokens).logits, expected)
+    walk = LayerWalk(open_decoder(model, "cpu"), [tokens])
+    for _, _, replay in walk.layers(None):
+        replay()
+    torch.testing.assert_close(next(walk.logits()), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both"])
 def test_tied_weights_are_found_under_either_name(tmp_path, stored):
     folder = make_model("llama_tied", tmp_path / "model")

@@ -94,6 +94,11 @@ def check_layers(decoder: Decoder) -> None:
         raise UserError(
             f"{checkpoint.folder}: no tensor for {missing[0]}, which config.json asks for; take both from one model"
         )
+    for name in dict(model.named_parameters()):
+        if checkpoint.holds_integers(decoder.stored[name]):
+            raise UserError(
+                f"{checkpoint.folder}: {name} is stored as whole numbers; give the model before it was quantised"
+            )
     used = {shard_of(name) for name in decoder.stored.values()}
     left_out = [name for name in checkpoint.names if shard_of(name) not in used]
     left_out = [name for name in left_out if shard_of(name).rpartition(".")[0] in {s.rpartition(".")[0] for s in used}]

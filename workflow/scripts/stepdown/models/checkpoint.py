@@ -52,6 +52,10 @@ class Checkpoint:
         shape = self._headers[self._file_of[name]][name]["shape"]
         return tuple(reversed(shape) if name in self.transposed else shape)
 
+    def holds_integers(self, name: str) -> bool:
+        """Whether a tensor is stored as whole numbers, and what they stand for is not known here."""
+        return name in self._file_of and self._headers[self._file_of[name]][name]["dtype"].startswith(("I", "U"))
+
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
         by_file = defaultdict(list)

@@ -30,6 +30,8 @@ def build_model(
     transformers takes by itself. Raises `UserError` with the library's reason."""
     with told_in_one_line(folder, "not a causal language model that transformers can load"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Whoever runs the model asks for its outputs by name.
+        config.return_dict = config.get_text_config().return_dict = True
         try:
             return build(config)
         except ImportError as error:
