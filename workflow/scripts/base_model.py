@@ -16,7 +16,7 @@ from stepdown.models.decoder import Decoder, open_decoder
 from stepdown.models.linears import FUSED
 from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
-from stepdown.plan.preflight import check_tokenizer, check_weights, has_tokenizer
+from stepdown.plan.model_files import check_tokenizer, check_weights, has_tokenizer
 
 
 def main(arguments: argparse.Namespace) -> None:
