@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 PICKLES_INDEX = "pytorch_model.bin.index.json"
+# Half a character: JSON can write it (`\ud83d`), no encoding can, and no tokenizer takes it.
+SURROGATE = re.compile("[\ud800-\udfff]")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 

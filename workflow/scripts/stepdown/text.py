@@ -14,7 +14,6 @@ import itertools
 import json
 import platform
 import random
-import re
 import sys
 import sysconfig
 import warnings
@@ -26,7 +25,7 @@ import torch
 
 from .cli import log
 from .errors import UserError
-from .files import check_not_pointer, distinct_names
+from .files import SURROGATE, check_not_pointer, distinct_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,20 +78,12 @@ def describe(text: Text, split: str) -> str:
 
 def label(text: Text, split: str) -> str:
     """What to call a text in a figure or a message: its name, or that of the split's file."""
-    name = _named(text, split)
-    return name if name in _SOURCES else Path(name).name
+    return Path(_named(text, split)).name
 
 
 def labels(texts: Sequence[Text], split: str) -> list[str]:
-    """What to call each of several texts beside the others, no two alike; raises UserError for one that is named
-    twice."""
-    named = [_named(text, split) for text in texts]
-    corpora = [name for name in named if name in _SOURCES]
-    if twice := {name for name in corpora if corpora.count(name) > 1}:
-        raise UserError(f"text {min(twice)}: named twice; name each text once")
-    files = [name for name in named if name not in _SOURCES]
-    label_of = dict(zip(files, distinct_names(files), strict=True))
-    return [label_of.get(name, name) for name in named]
+    """What to call each of several texts, no two alike; raises UserError for one that is named twice."""
+    return distinct_names([_named(text, split) for text in texts])
 
 
 def token_stream(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
@@ -216,8 +207,8 @@ def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase", special_tokens: b
         verbose=False,
     )
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    rows = getattr(tokenizer, "embedding_rows", None)
-    if rows is not None and len(tokens) and tokens.max() >= rows:
+    rows = getattr(tokenizer, "embedding_rows", float("inf"))
+    if len(tokens) and tokens.max() >= rows:
         token = tokenizer.convert_ids_to_tokens(tokens.max().item())
         raise UserError(f"the text holds the token {token!r}, for which the embedding of {rows} rows has none")
     return tokens
@@ -237,11 +228,9 @@ def _documents(text: Text, split: str) -> list[str]:
 
 def _named(text: Text, split: str) -> str:
     """The corpus, or the path of the file, that a split is read from."""
-    if isinstance(text, str):
-        return text
-    if split not in text:
+    if not isinstance(text, str) and split not in text:
         raise UserError(f"text: its mapping has no {split}, only {', '.join(text)}; write {_MAPPING_FORM}")
-    return text[split]
+    return text if isinstance(text, str) else text[split]
 
 
 def _check_mapping(mapping: Mapping) -> None:
@@ -312,18 +301,10 @@ def _jsonl_rows(file: Path) -> list[str]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"text {file}: row {number} is not JSON: {error}") from None
             rows.append(_text_of(row.get("text") if isinstance(row, dict) else None, file, number))
-    return _without_lone_surrogates(rows, file)
-
-
-def _without_lone_surrogates(rows: list[str], file: Path) -> list[str]:
-    r"""Half a character, which JSON can write (`\ud83d`) and no tokenizer takes, becomes U+FFFD."""
-    replaced = [_SURROGATE.subn("\ufffd", row) for row in rows]
+    replaced = [SURROGATE.subn("\ufffd", row) for row in rows]
     if count := sum(number for _, number in replaced):
         log.warning("text %s: %d lone surrogates are no characters; each is read as U+FFFD", file, count)
     return [row for row, _ in replaced]
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _parquet_rows(file: Path) -> list[str]:

@@ -19,21 +19,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from ..errors import UserError
+from ..files import SINGLE_FILE_NAME
 from ..models.checkpoint import load_tensors, save_tensors
 from .distillation import Distillation
 from .lora import ALL_LINEAR, add_masked_adapter, save_adapter
 from .processes import is_first
-from .sharding import (
-    WEIGHTS,
-    load_optimizer,
-    load_weights,
-    save_optimizer,
-    save_weights,
-    shard_,
-    sharded_like,
-    unshard_,
-    whole,
-)
+from .sharding import load_optimizer, load_weights, save_optimizer, save_weights, shard_, sharded_like, unshard_, whole
 from .training_state import last_checkpoint
 
 METHODS = ("full", "lora")
@@ -288,10 +279,10 @@ class _MaskedTrainer(Trainer):
         """Save what is trained, by the model's own names, and nothing that a library could refuse to save."""
         if self.args.should_save:
             trained = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
-            save_tensors(trained, Path(output_dir) / WEIGHTS, {})
+            save_tensors(trained, Path(output_dir) / SINGLE_FILE_NAME, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_state_dict(load_tensors(Path(resume_from_checkpoint) / WEIGHTS)[0], strict=False)
+        self.model.load_state_dict(load_tensors(Path(resume_from_checkpoint) / SINGLE_FILE_NAME)[0], strict=False)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
