@@ -24,8 +24,9 @@ def write(tmp_path):
     return write
 
 
-def test_the_other_schedule_ends_where_the_default_does():
-    default, other = (read_schedule(path)[-1] for path in (DEFAULT, DEFAULT.with_name("front_loaded_schedule.csv")))
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("schedules/*.csv")), ids=lambda path: path.stem)
+def test_the_other_schedules_end_where_the_default_does(path):
+    default, other = (read_schedule(path)[-1] for path in (DEFAULT, path))
     assert (default.dense, default.mid_2_4, default.topk) == (other.dense, other.mid_2_4, other.topk)
 
 
@@ -40,7 +41,7 @@ def test_the_default_schedule():
     ]
     assert [row.dense_to_2_4 for row in rows] == ["0.1", "0.1", "0.15", "0.15", "0.15"]
     assert [row.mid_2_4_to_topk for row in rows] == ["0", "0.1", "0.05", "0.05", "0"]
-    assert [row.epochs for row in rows] == [0, 0, 0, 0, 11]
+    assert [row.epochs for row in rows] == [2, 2, 2, 2, 3]
 
 
 def test_one_shot_has_the_last_shares_and_all_epochs():

@@ -216,6 +216,23 @@ def test_the_iterations_have_one_learning_rate_schedule(fresh):
     assert not any("optimizer.safetensors" in command for command in restarted.values())
 
 
+@pytest.mark.parametrize("model", ["config", "llama2-7b", "opt-125m"])
+def test_the_published_overlay_is_the_original_method(fresh, model):
+    overlays = ("--configfile", f"config/{model}.yaml", "config/published.yaml")
+    steps = ["iter1", "iter2", "iter3", "iter4", "iter5"]
+    base = jobs(["iter0"], {"base_model", "evaluate_base"}) | MEASURED
+    expected = jobs(steps, ITERATION - {"refit"}) | jobs(["oneshot/three-tier"], ONE_SHOT - {"refit"}) | base
+    assert fresh.plan(*overlays) == expected
+    told = finetuning(fresh, *overlays)
+    epochs = {step: int(re.search(r"--epochs (\d+)", command)[1]) for step, command in told.items()}
+    assert epochs == dict(zip(steps, (2, 2, 2, 2, 3), strict=True)) | {"oneshot/three-tier": 11}
+    for command in told.values():
+        assert "--learning-rate 2e-05 --weight-decay 0.0 --warmup-steps 0 --learning-rate-schedule linear" in command
+        assert not re.search("--(teacher|distill|optimizer|output-optimizer)", command)
+    printed = fresh.run("--dry-run", "--printshellcmds", *overlays)
+    assert set(re.findall(r"--selection (\w+)", printed)) == {"magnitude"}
+
+
 def test_distillation_is_off_or_on_by_row(fresh, tmp_path):
     rows = ["iteration,dense,mid_2_4,topk,epochs,distill", "1,0.9,0.1,0,1,no", "2,0.8,0.2,0,1,yes", "3,0.7,0.3,0,1,"]
     (fresh.folder / "by_row.csv").write_text("\n".join(rows))
@@ -267,7 +284,7 @@ def test_an_edited_row_reruns_its_iteration_and_later(finished):
 
 
 def test_more_epochs_retrain_the_one_shot_run_too(finished):
-    finished.edit("config/progressive_schedule.csv", "0.00,11", "0.00,12")
+    finished.edit("config/progressive_schedule.csv", "0.00,3", "0.00,4")
     retrained = jobs(["iter5", "oneshot/three-tier"], {"finetune", "evaluate"})
     assert finished.plan(MINE) == retrained | MEASURED
 
