@@ -210,6 +210,16 @@ def test_a_model_that_broke_is_drawn(tmp_path):
     assert summary.verdict(read(files)).startswith("On pydoc oneshot/three-tier ended 100.0% lower than iter3")
 
 
+def test_points_stand_where_their_values_are(tmp_path):
+    results = read(make_run(tmp_path, one_shots=("oneshot/a", "oneshot/b")))
+    (axes,) = figures.perplexity(results).axes
+    lines = [line for line in axes.lines if line.get_transform() == axes.transData]
+    drawn_at = {tuple(point) for line in lines for point in line.get_xydata() if line.get_linestyle() == "None"}
+    pruned = results["pydoc"].iloc[1:]
+    values = [*zip(pruned.sparsity, pruned.pruned, strict=True), *zip(pruned.sparsity, pruned.finetuned, strict=True)]
+    assert drawn_at == {(100 * sparsity, perplexity) for sparsity, perplexity in values}
+
+
 def test_a_block_is_a_pixel_however_large_the_map(tmp_path):
     svg = drawn(make_run(tmp_path, iterations=2, grid=(256, 688)))["tier_maps"]
     assert len(re.findall(r'<image [^>]*width="688" height="256"', svg)) == 3

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 
 from .drawing import (
     CHAIN_COLOUR,
@@ -46,39 +45,34 @@ def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     """steps: sparsity in percent."""
     base, chain, beside = steps.base.iloc[0], iterations(steps), one_shots(steps)
     axes.axhline(base, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
-    # A one-shot run often has the last iteration's sparsity: each stands a little to the right of the one before.
-    paths = [(one_shot_colour(index), 7 * (index + 1), beside[index : index + 1]) for index in range(len(beside))]
+    paths = [(one_shot_colour(index), beside[index : index + 1]) for index in range(len(beside))]
     if len(chain):
-        paths.append((CHAIN_COLOUR, 0, chain))  # last, on top
-    for colour, shift, members in paths:
-        _perplexity_path(axes, members, colour, shift)
+        paths.append((CHAIN_COLOUR, chain))  # last, on top
+    for colour, members in paths:
+        _perplexity_path(axes, members, colour)
     _perplexity_axis(axes, steps)
     _name_iterations(axes, chain)
-    ends = [(members.iloc[-1], colour) for colour, _, members in paths]
+    ends = [(members.iloc[-1], colour) for colour, members in paths]
     names = [(end.sparsity, end.finetuned, f"{end.name}: {end.finetuned:.2f}", colour) for end, colour in ends]
-    end_labels(axes, names, gap=7 * len(paths) + 3)
+    end_labels(axes, names, gap=8)
     place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"base model {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
     axes.legend(handles=_marker_key(steps.refitted.any(), steps.epochs.any()), loc="upper left", fontsize=9)
 
 
-def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str, shift: float) -> None:
-    """Base -> pruned -> finetuned -> pruned -> ..., moved `shift` points to the right."""
-    shifted = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-    moved = {"transform": shifted, "clip_on": False}  # a few points may lead past the axes' end
+def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str) -> None:
+    """Base -> pruned -> finetuned -> pruned -> ..."""
     xs = [0.0, *np.repeat(steps.sparsity, 2)]
     ys = [steps.base.iloc[0], *steps[["pruned", "finetuned"]].to_numpy().ravel()]
-    axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.7, **moved)
+    axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.7)
     size = 6 if len(steps) <= 30 else 3
     hollow = {"color": colour, "markerfacecolor": "white", "linestyle": "", "marker": "o", "markersize": size}
-    axes.plot(steps.sparsity, steps.pruned, **moved, **hollow)
+    axes.plot(steps.sparsity, steps.pruned, **hollow)
     if len(refitted := steps.dropna(subset="refitted")):
-        axes.plot(refitted.sparsity, refitted.refitted, **moved, **hollow | {"marker": "D", "markersize": size - 1})
+        axes.plot(refitted.sparsity, refitted.refitted, **hollow | {"marker": "D", "markersize": size - 1})
     if len(tuned := steps[steps.epochs > 0]):
-        axes.plot(tuned.sparsity, tuned.finetuned, "o", color=colour, markersize=size, **moved)
-    # Nothing moved by points counts for matplotlib's choice of limits, so the points themselves are put forward.
-    axes.update_datalim([point for point in zip(xs, ys, strict=True) if math.isfinite(point[1])])
+        axes.plot(tuned.sparsity, tuned.finetuned, "o", color=colour, markersize=size)
 
 
 def _name_iterations(axes: Axes, chain: pd.DataFrame) -> None:
