@@ -4,12 +4,17 @@ import torch
 
 
 def random_case(rows, columns, seed, samples=None):
-    """A weight and the Hessian of random inputs that depend on one another; of few samples it is singular."""
+    """A weight and the Hessian of random inputs that depend on one another; of few samples it is singular.
+
+    Symmetric to the last bit: some processors sum X'X in another order above the diagonal than below, and solvers that
+    read different halves would be given different problems.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     inputs = torch.randn(samples or 4 * columns, columns, generator=generator)
     inputs = inputs @ (torch.eye(columns) + 0.3 * torch.randn(columns, columns, generator=generator) / columns**0.5)
-    return weight, 2 / len(inputs) * inputs.T @ inputs
+    hessian = 2 / len(inputs) * inputs.T.double() @ inputs.double()
+    return weight, ((hessian + hessian.T) / 2).float()
 
 
 def damped(hessian):
