@@ -14,7 +14,16 @@ from stepdown.errors import UserError
 from stepdown.plan import command_lines, fingerprints
 from stepdown.plan.command_lines import flags
 from stepdown.plan.compressions import check_step
-from stepdown.plan.preflight import SPLITS_READ, check_inputs, check_links, check_writable, complete_config, local_model
+from stepdown.plan.gguf_header import is_gguf, read_gguf_header
+from stepdown.plan.preflight import (
+    SPLITS_READ,
+    check_inputs,
+    check_links,
+    check_writable,
+    complete_config,
+    local_model,
+    model_files,
+)
 from stepdown.plan.runs import parse_gradual, parse_run
 from stepdown.plan.schedule import one_shot, read_schedule
 from stepdown.plan.steps import compression_report, is_run, masks, model_of, model_ready, tier_map

@@ -13,19 +13,19 @@ from stepdown.errors import UserError
 from stepdown.files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
 from stepdown.models.checkpoint import Checkpoint, new_folder, shard_of, side_files, write_base_index
 from stepdown.models.decoder import Decoder, open_decoder
+from stepdown.models.gguf import import_gguf
 from stepdown.models.linears import FUSED
 from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
+from stepdown.plan.gguf_header import is_gguf
 from stepdown.plan.model_files import check_tokenizer, check_weights, has_tokenizer
 
 
 def main(arguments: argparse.Namespace) -> None:
-    source = local_folder(arguments.model, arguments.revision)
-    check_weights(source)
-    if has_only_pickles(source) or has_fused_experts(source):
-        convert(source, arguments.output_model, arguments.trust_remote_code)
+    if is_gguf(arguments.model):
+        import_gguf(Path(arguments.model), arguments.output_model)
     else:
-        link_files(source, arguments.output_model)
+        import_folder(arguments)
     decoder = open_decoder(arguments.output_model, "cpu", arguments.trust_remote_code)
     check_layers(decoder)
     check_side_files(arguments.output_model, arguments.trust_remote_code)
@@ -33,6 +33,15 @@ def main(arguments: argparse.Namespace) -> None:
     cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
     base_model = write_base_index(decoder.checkpoint)
     write_tier_map(dense_tier_map(shapes, arguments.block_size, arguments.k, base_model), arguments.output_tier_map)
+
+
+def import_folder(arguments: argparse.Namespace) -> None:
+    source = local_folder(arguments.model, arguments.revision)
+    check_weights(source)
+    if has_only_pickles(source) or has_fused_experts(source):
+        convert(source, arguments.output_model, arguments.trust_remote_code)
+    else:
+        link_files(source, arguments.output_model)
 
 
 def local_folder(model: str, revision: str | None) -> Path:
@@ -124,7 +133,9 @@ def link_files(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a Hugging Face model, or its id on the hub")
+    parser.add_argument(
+        "--model", required=True, help="folder of a Hugging Face model, its id on the hub, or a GGUF file"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")

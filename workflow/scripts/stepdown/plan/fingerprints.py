@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from .preflight import local_model, text_files
+from .preflight import model_files, text_files
 
 
 def code_hash(folder: Path, script: str) -> str:
@@ -73,9 +73,7 @@ def fingerprint(path: Path) -> str:
 
 def model_fingerprint(model: str) -> list[str]:
     """What the files of a local model hold; a hub id and its revision say it themselves."""
-    folder = local_model(model)
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md") if folder else []
-    return [f"{path.name} {fingerprint(path)}" for path in files]
+    return [f"{path.name} {fingerprint(path)}" for path in model_files(model)]
 
 
 def text_fingerprint(texts: Iterable[str | dict], splits: tuple[str, ...]) -> list[str]:

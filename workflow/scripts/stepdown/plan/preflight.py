@@ -16,6 +16,7 @@ from ..files import (
     safetensors_header,
     weight_files,
 )
+from .gguf_header import is_gguf, read_gguf_header
 from .model_files import check_model
 
 CORPORA = ("pydoc", "wikitext2", "c4")
@@ -131,6 +132,7 @@ def check_inputs(config: dict) -> None:
     """Model, texts and lengths of a complete configuration; `UserError` for what no job could work with."""
     check_block(**{key: config["pruning"][key] for key in ("block_size", "k")})
     folder = local_model(config["model"])
+    header = read_gguf_header(Path(config["model"])) if is_gguf(config["model"]) else None
     if folder:
         check_model(folder)
         if config["recovery"]["method"] == "lora" and any(folder.glob("*.safetensors")):
@@ -148,6 +150,9 @@ def check_inputs(config: dict) -> None:
         length = options["sequence_length"]
         if folder:
             check_length(f"config key {section}.sequence_length", length, folder)
+        if header and length > (header.context_length or length):
+            told = f"{config['model']} allows at most {header.context_length}"
+            raise UserError(f"config key {section}.sequence_length: found {length}; {told}")
         texts = options["texts"] if section == "evaluation" else [options["text"]]
         key = f"config key {section}.{'texts' if section == 'evaluation' else 'text'}"
         for text in texts:
@@ -184,14 +189,24 @@ def check_block(block_size: int, k: int) -> None:
 
 
 def local_model(model: str) -> Path | None:
-    """The folder a model is in, or None for a hub id."""
+    """The folder a model is in, or None for a hub id and for a GGUF file."""
     path = Path(model)
+    if is_gguf(model):
+        return None
     if path.is_dir():
         return path
     # `resources/pydoc-lama` has the form of a hub id, but who has a folder `resources` means one in it.
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) or ("/" in model and path.parent.is_dir()):
-        raise UserError(f"config key model: no folder {model}; name a folder with config.json or a hub id")
+        raise UserError(f"config key model: no folder {model}; name a folder with config.json, a GGUF file or a hub id")
     return None
+
+
+def model_files(model: str) -> list[Path]:
+    """The local files that a model consists of; none for a hub id."""
+    if is_gguf(model):
+        return [Path(model)]
+    folder = local_model(model)
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md") if folder else []
 
 
 def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
