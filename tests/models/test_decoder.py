@@ -36,7 +36,8 @@ def test_logits_are_the_models_own(folder, tokens):
         replay()
     with torch.no_grad():
         for batch, logits in zip(tokens.split(2), walk.logits(), strict=True):
-            torch.testing.assert_close(logits, load(folder)(batch).logits, rtol=0, atol=1e-6)
+            # Logits of size 1 after sums of float32, in an order that is the processor's choice.
+            torch.testing.assert_close(logits, load(folder)(batch).logits, rtol=0, atol=1e-5)
 
 
 def routed(fused, hidden, index, _weights):

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from projects import ROOT, command, make_project
+from test_workflow_plan import copy_project
 from test_zero_shot import QUESTIONS, TASK
 
 ENVIRONMENTS = ROOT / "workflow/envs"
@@ -79,3 +81,42 @@ def check_environment(file, prefix):
     assert {pin: versions[pin].partition("+")[0] for pin in pins} == pins
     torch = ["torch"] if "torch" in pins else []
     assert sorted(importable) == sorted(OWN[name] + torch)
+
+
+# --- a driver with nothing of the jobs in it -------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1200)
+def test_a_driver_alone_plans_and_runs_a_job_in_its_environment(standin, tmp_path):
+    folder = copy_project(tmp_path / "project").folder
+    python = build("workflow", tmp_path / "driver", standin)
+    for step in ("iter0", "iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier"):
+        for name in ("eval.json", "training.json"):
+            (folder / "results" / step).mkdir(parents=True, exist_ok=True)
+            (folder / "results" / step / name).write_text("{}")
+
+    def run(*arguments):
+        words = [python, "-m", "snakemake", "-j1", *arguments]
+        return subprocess.run(words, cwd=folder, env=standin, capture_output=True, text=True)
+
+    summary = ("--allowed-rules", "summarize", "--", "results/summary.csv")
+    assert run("--dry-run").returncode == 0
+    plain = run(*summary)
+    assert plain.returncode == 1 and "Traceback" not in plain.stderr
+    assert "has no torch, which jobs need; add --use-conda" in plain.stderr.splitlines()[-1]
+    finished = run("--use-conda", *summary)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    log = (folder / "results/logs/summarize.log").read_text()
+    assert log.startswith(str(folder / ".snakemake/conda")), log
+
+
+def test_use_conda_without_conda_is_one_line(tmp_path):
+    folder = copy_project(tmp_path / "project").folder
+    (tmp_path / "python").symlink_to(sys.executable)
+    path = ":".join([str(tmp_path), "/usr/bin", "/bin"])
+    if shutil.which("conda", path=path):
+        pytest.skip("conda is everywhere here")
+    command = [sys.executable, "-m", "snakemake", "-n", "--use-conda"]
+    finished = subprocess.run(command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("error: --use-conda: no conda on PATH")

@@ -393,7 +393,8 @@ ENVIRONMENTS = sorted((ROOT / "workflow/envs").glob("*.yaml"))
 @pytest.mark.parametrize("path", ENVIRONMENTS, ids=lambda path: path.stem)
 def test_environments_pin_what_make_setup_installs(path):
     environment = yaml.safe_load(path.read_text())
-    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    # conda 26.7 and later takes the word `nodefaults` for a channel.
+    assert environment["channels"] == ["conda-forge"]
     python, pip, packages = environment["dependencies"]
     assert (python, pip) == ("python =3.11", "pip")
     assert pins(packages["pip"]).items() <= pins((ROOT / "requirements.txt").read_text().splitlines()).items()

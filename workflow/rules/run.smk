@@ -7,7 +7,14 @@ from uuid import uuid4
 
 from snakemake_interface_executor_plugins.settings import ExecMode
 
+from snakemake.settings.types import DeploymentMethod
+
+from stepdown.plan.environments import check_conda, check_this_python
 from stepdown.plan.locks import join_run, start_run
+
+if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+    with one_line():
+        check_conda()
 
 if workflow.exec_mode == ExecMode.DEFAULT:
     os.environ["STEPDOWN_RUN"] = uuid4().hex
@@ -25,6 +32,8 @@ envvars:
 # Not before: planning, linting and reporting change nothing, and may go on beside a run.
 onstart:
     with one_line():
+        if not workflow.deployment_settings.deployment_method:
+            check_this_python()
         start_run(os.environ["STEPDOWN_RUN"])
 
 
