@@ -48,7 +48,13 @@ def test_the_driver_needs_nothing_else(tmp_path):
         for name in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
             if not (packages / name).exists():
                 (packages / name).symlink_to(package.locate_file(name))
-    assert_planned(make_project(tmp_path / "project"), [sys.executable, "-S"], PYTHONPATH=str(packages))
+    folder, python = make_project(tmp_path / "project"), [sys.executable, "-S"]
+    assert_planned(folder, python, PYTHONPATH=str(packages))
+    # Jobs need more, which is told before the first of them.
+    order, environment = [*python, *command()[1:]], os.environ | {"PYTHONPATH": str(packages)}
+    run = subprocess.run(order, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr and not (folder / "results").exists()
+    assert "has no torch, which jobs need; add --use-conda" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

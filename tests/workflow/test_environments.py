@@ -86,10 +86,11 @@ def check_environment(file, prefix):
 # --- a driver with nothing of the jobs in it -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_driver_alone_plans_and_runs_a_job_in_its_environment(standin, tmp_path):
-    folder = copy_project(tmp_path / "project").folder
-    python = build("workflow", tmp_path / "driver", standin)
+    folder = copy_project(tmp_path).folder
+    python = build("workflow", tmp_path.with_name("driver"), standin)
     for step in ("iter0", "iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier"):
         for name in ("eval.json", "training.json"):
             (folder / "results" / step).mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def test_a_driver_alone_plans_and_runs_a_job_in_its_environment(standin, tmp_pat
 
 
 def test_use_conda_without_conda_is_one_line(tmp_path):
-    folder = copy_project(tmp_path / "project").folder
+    folder = copy_project(tmp_path).folder
     (tmp_path / "python").symlink_to(sys.executable)
     path = ":".join([str(tmp_path), "/usr/bin", "/bin"])
     if shutil.which("conda", path=path):
