@@ -364,6 +364,20 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("overlay", ["config", "published", "llama2-7b", "smollm2-135m"])
+def test_the_first_page_says_which_method_it_is(overlay):
+    jinja2, yaml = pytest.importorskip("jinja2"), pytest.importorskip("yaml")
+    told, over = (
+        yaml.safe_load((SCRIPTS.parents[1] / f"config/{name}.yaml").read_text()) for name in ("config", overlay)
+    )
+    config = told | {key: told[key] | over[key] if isinstance(over[key], dict) else over[key] for key in over}
+    page = (
+        jinja2.Environment().from_string((CAPTIONS / "workflow.rst").read_text()).render(snakemake={"config": config})
+    )
+    assert ("This is the original method." in page) == (overlay == "published")
+    assert ("This is the method as improved here, not the original." in page) == (overlay != "published")
+
+
 @pytest.mark.parametrize("schedule", ["config/progressive_schedule.csv", None])
 @pytest.mark.parametrize("name", [*FIGURES, "comparison", "compare", "summary", "workflow"])
 def test_captions_render_as_the_report_renders_them(name, schedule):
@@ -377,7 +391,7 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "pruning": {"block_size": 16, "k": 10, "selection": "wanda"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
         "refit": True,
-        "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}},
+        "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}, "one_schedule": True},
         "evaluation": {"texts": ["pydoc", text], "sequence_length": 256},
     }
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

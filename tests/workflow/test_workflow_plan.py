@@ -216,7 +216,7 @@ def test_the_iterations_have_one_learning_rate_schedule(fresh):
     assert not any("optimizer.safetensors" in command for command in restarted.values())
 
 
-@pytest.mark.parametrize("model", ["config", "llama2-7b", "opt-125m"])
+@pytest.mark.parametrize("model", ["config", "llama2-7b", "opt-125m", "smollm2-135m"])
 def test_the_published_overlay_is_the_original_method(fresh, model):
     overlays = ("--configfile", f"config/{model}.yaml", "config/published.yaml")
     steps = ["iter1", "iter2", "iter3", "iter4", "iter5"]
