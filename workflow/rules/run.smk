@@ -5,9 +5,8 @@
 import shlex
 from uuid import uuid4
 
-from snakemake_interface_executor_plugins.settings import ExecMode
-
 from snakemake.settings.types import DeploymentMethod
+from snakemake_interface_executor_plugins.settings import ExecMode
 
 from stepdown.plan.environments import check_conda, check_this_python
 from stepdown.plan.locks import join_run, start_run
