@@ -16,7 +16,7 @@ from stepdown.errors import UserError
 from stepdown.models.decoder import load_whole
 from stepdown.models.gguf import import_gguf
 from stepdown.plan.gguf_header import BLOCKS, is_gguf, read_gguf_header
-from stepdown.plan.preflight import check_inputs, local_model, model_files
+from stepdown.plan.preflight import check_inputs, local_files, local_model
 
 ROOT = Path(__file__).parents[2]
 # As llama.cpp calls the tensors of a Llama.
@@ -132,7 +132,7 @@ def test_the_header_says_what_planning_asks(file, source):
     header = read_gguf_header(file)
     assert header.context_length == 64
     assert header.parameters == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
-    assert is_gguf(str(file)) and local_model(str(file)) is None and model_files(str(file)) == [file]
+    assert is_gguf(str(file)) and local_model(str(file)) is None and local_files(str(file)) == [file]
     assert not is_gguf(str(source)) and not is_gguf("someone/some-model")
 
 

@@ -22,7 +22,7 @@ from stepdown.plan.preflight import (
     check_writable,
     complete_config,
     local_model,
-    model_files,
+    local_files,
 )
 from stepdown.plan.runs import parse_gradual, parse_run
 from stepdown.plan.schedule import one_shot, read_schedule

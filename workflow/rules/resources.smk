@@ -7,7 +7,7 @@ def model_size(model):
     """Bytes of the weights of a local model; a hub id counts as Llama-2-7B."""
     if is_gguf(model):
         return 2 * read_gguf_header(Path(model)).parameters  # in bfloat16, as it is imported
-    files = [file for file in model_files(model) if file.suffix in (".safetensors", ".bin")]
+    files = [file for file in local_files(model) if file.suffix in (".safetensors", ".bin")]
     return sum(file.stat().st_size for file in files) or LLAMA_2_7B
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from .preflight import model_files, text_files
+from .preflight import local_files, text_files
 
 
 def code_hash(folder: Path, script: str) -> str:
@@ -73,7 +73,7 @@ def fingerprint(path: Path) -> str:
 
 def model_fingerprint(model: str) -> list[str]:
     """What the files of a local model hold; a hub id and its revision say it themselves."""
-    return [f"{path.name} {fingerprint(path)}" for path in model_files(model)]
+    return [f"{path.name} {fingerprint(path)}" for path in local_files(model)]
 
 
 def text_fingerprint(texts: Iterable[str | dict], splits: tuple[str, ...]) -> list[str]:

@@ -201,7 +201,7 @@ def local_model(model: str) -> Path | None:
     return None
 
 
-def model_files(model: str) -> list[Path]:
+def local_files(model: str) -> list[Path]:
     """The local files that a model consists of; none for a hub id."""
     if is_gguf(model):
         return [Path(model)]
