@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from random_llama import write_random_llama
 
-from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.calibration import squared_input_norms
 
 

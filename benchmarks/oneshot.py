@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from random_llama import write_random_llama
 
-from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.oneshot import prune_layers
 from stepdown.tensors.patterns import Pattern, n_of_m, unstructured
 from stepdown.tensors.saliency import wanda

@@ -11,14 +11,19 @@ from transformers import GenerationConfig
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
-from stepdown.models.checkpoint import Checkpoint, new_folder, shard_of, side_files, write_base_index
-from stepdown.models.decoder import Decoder, open_decoder
+from stepdown.models.checkpoint import new_folder, shard_of, side_files, write_base_index
+from stepdown.models.decoder import Decoder, build_empty, open_decoder
 from stepdown.models.gguf import import_gguf
-from stepdown.models.linears import FUSED
+from stepdown.models.linears import as_linears_
 from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
+from stepdown.models.quantised_checkpoint import open_checkpoint
+from stepdown.models.stored_names import find_names, write_computed
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
 from stepdown.plan.gguf_header import is_gguf
 from stepdown.plan.model_files import check_tokenizer, check_weights, has_tokenizer
+
+# Of the decoder layers' weights; what cannot be pruned and is more of them is warned of.
+NOTABLE = 0.01
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -30,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_layers(decoder)
     check_side_files(arguments.output_model, arguments.trust_remote_code)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}
-    cli.log.info("%d matrices to prune, %s weights", len(shapes), f"{sum(a * b for a, b in shapes.values()):,}")
+    tell_what_is_pruned(decoder)
     base_model = write_base_index(decoder.checkpoint)
     write_tier_map(dense_tier_map(shapes, arguments.block_size, arguments.k, base_model), arguments.output_tier_map)
 
@@ -38,10 +43,21 @@ def main(arguments: argparse.Namespace) -> None:
 def import_folder(arguments: argparse.Namespace) -> None:
     source = local_folder(arguments.model, arguments.revision)
     check_weights(source)
-    if has_only_pickles(source) or has_fused_experts(source):
+    if has_only_pickles(source):
         convert(source, arguments.output_model, arguments.trust_remote_code)
-    else:
+    elif not convert_stored_forms(source, arguments.output_model, arguments.trust_remote_code):
         link_files(source, arguments.output_model)
+
+
+def tell_what_is_pruned(decoder: Decoder) -> None:
+    """Say which share of the decoder layers' weights can be pruned, and name what cannot and why."""
+    linears, weights = decoder.linears(), decoder.weights()
+    prunable = sum(linear.weight.numel() for linear in linears.values())
+    counted = f"{prunable:,} weights, {prunable / weights:.1%} of those in the decoder layers"
+    cli.log.info("%d matrices to prune, %s", len(linears), counted)
+    for name, (kind, count) in sorted(decoder.left_dense().items()):
+        level = cli.log.warning if count >= NOTABLE * weights else cli.log.info
+        level("%s stays dense: %s weights (%.1f %%) of %s, no linears", name, f"{count:,}", 100 * count / weights, kind)
 
 
 def local_folder(model: str, revision: str | None) -> Path:
@@ -60,11 +76,6 @@ def local_folder(model: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {model}: no such folder, and the hub does not give it ({reason})") from None
     return folder
-
-
-def has_fused_experts(folder: Path) -> bool:
-    """Whether experts are stored as 3-D parameters, not one by one as their families are published."""
-    return any(name.rpartition(".")[2] in FUSED for name in Checkpoint(folder).names)
 
 
 def convert(source: Path, target: Path, trust_remote_code: bool) -> None:
@@ -117,6 +128,17 @@ def check_layers(decoder: Decoder) -> None:
                 f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "
                 "take both from one model"
             )
+
+
+def convert_stored_forms(source: Path, target: Path, trust_remote_code: bool) -> bool:
+    """Write what transformers would compute while loading, such as convolutions that it joins; whether there is any."""
+    checkpoint = open_checkpoint(source)
+    separate = build_empty(source, trust_remote_code)
+    as_linears_(separate)
+    naming = find_names(separate, checkpoint.names)
+    if naming.computed:
+        write_computed(build_empty(source, trust_remote_code), checkpoint, naming, target)
+    return bool(naming.computed)
 
 
 def link_files(source: Path, target: Path) -> None:

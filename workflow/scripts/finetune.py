@@ -13,10 +13,11 @@ from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import check_length, weight_files, write_json
 from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
-from stepdown.models.decoder import choose_device, stored_names
+from stepdown.models.decoder import choose_device
 from stepdown.models.linears import as_linears_
 from stepdown.models.loading import load_model, load_tokenizer
 from stepdown.models.step_masks import StepMasks, read_step_masks
+from stepdown.models.stored_names import stored_names
 from stepdown.recover.distillation import load_teacher
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
 from stepdown.recover.recovery import (
@@ -161,7 +162,7 @@ def _save(recovery: Recovery, identity: dict[str, str], stored: dict[str, str], 
 
 def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     """Name of each tensor of the model -> its name in the checkpoint."""
-    stored = stored_names(model, checkpoint)
+    stored = stored_names(model, checkpoint.names)
     homeless = dict(model.named_parameters()).keys() - stored
     if homeless:
         raise UserError(f"{checkpoint.folder}: has no tensor for {min(homeless)}, which would be finetuned and lost")

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import UserError
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 
 PROTOCOL = (
     "non-overlapping windows of {length} tokens, remainder dropped; mean cross-entropy over the {predictions}"

@@ -28,7 +28,8 @@ def measure_speed(
 ) -> list[dict[str, float]]:
     """`prefill` and `decode` of each model, tokens/s of one sequence, the median of `repeats` runs.
 
-    They take turns, so that what else the machine does meets all alike; a first turn does not count.
+    They take turns, so that what else the machine does meets all alike; a first turn does not count. A model that
+    remembers nothing from token to token has no `decode`.
     """
     vocabulary = min(model.get_input_embeddings().weight.shape[0] for model in models)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
@@ -37,19 +38,27 @@ def measure_speed(
     for _ in range(repeats + 1):
         for model, times in zip(models, seconds, strict=True):
             prefill, output = _timed(lambda model=model: model(input_ids=prompt, use_cache=True), prompt.device)
-            decode, _ = _timed(lambda model=model, output=output: _decode(model, output, new_tokens), prompt.device)
             times["prefill"].append(prefill)
-            times["decode"].append(decode)
+            if _memory(output):
+                decode, _ = _timed(lambda model=model, output=output: _decode(model, output, new_tokens), prompt.device)
+                times["decode"].append(decode)
     tokens = {"prefill": prompt_tokens, "decode": new_tokens}
-    return [{name: tokens[name] / median(times[1:]) for name, times in found.items()} for found in seconds]
+    return [{name: tokens[name] / median(times[1:]) for name, times in found.items() if times} for found in seconds]
 
 
 def _decode(model: nn.Module, output, new_tokens: int) -> Tensor:
     """Greedy; `output` is what the model made of the prompt."""
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **_memory(output))
     return token
+
+
+def _memory(output) -> dict[str, object]:
+    """What a model wants to be given again with the next token: keys and values, or the state of a recurrence."""
+    from transformers.generation.utils import ALL_CACHE_NAMES
+
+    return {name: output[name] for name in ALL_CACHE_NAMES if output.get(name) is not None}
 
 
 def _timed(work: Callable, device: torch.device) -> tuple[float, object]:

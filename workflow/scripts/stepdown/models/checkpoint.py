@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..cli import progress
 from ..errors import UserError
 from ..files import INDEX_NAME, atomic_write, read_json_object, safetensors_header, usual_mode, weight_files
+from .fused import Fused
 
 # What stands in a checkpoint beside its weights and belongs to it.
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
@@ -24,10 +26,12 @@ CHUNK_BYTES = 1 << 24
 
 
 class Checkpoint:
-    """The weights of a folder, read when asked for; every matrix [out, in], also one that is stored transposed.
+    """The weights of a folder, read when asked for; every matrix [out, in], also one that is stored transposed, and
+    every matrix alone, also where one tensor holds several.
 
-    transposed: names of those that are, as the index of a folder of ours says; of another origin, only the model can
-    tell. Raises `UserError` when the folder holds no safetensors weights or a file is truncated.
+    transposed: names of those stored so; fused: name of a tensor that holds several -> how. The index of a folder of
+    ours says both; of another origin, only the model can tell. Raises `UserError` when the folder holds no safetensors
+    weights or a file is truncated.
     """
 
     def __init__(self, folder: Path | str):
@@ -38,19 +42,43 @@ class Checkpoint:
             header, _ = safetensors_header(file)
             self._headers[file] = {name: entry for name, entry in header.items() if name != "__metadata__"}
             self._file_of.update(dict.fromkeys(self._headers[file], file))
-        self.transposed = frozenset(_index_metadata(self.folder).get("transposed", ()))
+        metadata = _index_metadata(self.folder)
+        self.transposed = frozenset(metadata.get("transposed", ()))
+        self.fused = {name: Fused(**layout) for name, layout in metadata.get("fused", {}).items()}
+
+    @property
+    def fused(self) -> dict[str, Fused]:
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: Mapping[str, Fused]) -> None:
+        self._fused = dict(fused)
+        # Name of each matrix that shares a tensor -> that tensor, and its shape.
+        self._part_of: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, layout in self._fused.items():
+            self._part_of |= {part: (name, shape) for part, shape in layout.shapes().items()}
+
+    @property
+    def stored(self) -> list[str]:
+        """Names of the tensors as the files have them."""
+        return sorted(self._file_of)
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._file_of)
+        return sorted((self._file_of.keys() - self.fused.keys()) | self._part_of.keys())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._part_of or (name in self._file_of and name not in self.fused)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
-        shape = self._headers[self._file_of[name]][name]["shape"]
-        return tuple(reversed(shape) if name in self.transposed else shape)
+        if name in self._part_of:
+            return self._part_of[name][1]
+        shape = self._stored_shape(name)
+        return tuple(reversed(shape)) if name in self.transposed else shape
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._headers[self._file_of[name]][name]["shape"])
 
     def holds_integers(self, name: str) -> bool:
         """Whether a tensor is stored as whole numbers, and what they stand for is not known here."""
@@ -58,9 +86,20 @@ class Checkpoint:
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
+        names = set(names)
+        parts = names & self._part_of.keys()
+        sources = {self._part_of[part][0] for part in parts}
+        found = self._read((names - parts) | sources)
+        for source in sources:
+            views = self.fused[source].views(found.pop(source))
+            found |= {part: view.contiguous() for part, view in views if part in parts}
+        return found
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of tensors as the files have them, but for those stored transposed."""
         by_file = defaultdict(list)
         for name in names:
-            if name not in self:
+            if name not in self._file_of:
                 raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
             by_file[self._file_of[name]].append(name)
         found = {}
@@ -90,7 +129,7 @@ class Checkpoint:
     def content_hash(self) -> str:
         """sha256 of all names, types, shapes and bytes; how the tensors are spread over files does not matter."""
         digest = hashlib.sha256()
-        for name in self.names:
+        for name in self.stored:
             file = self._file_of[name]
             entry = self._headers[file][name]
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
@@ -139,7 +178,7 @@ def rewrite_checkpoint(
             change(tensors)
             yield shard, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
-    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed, texts)
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed, texts, checkpoint.fused)
 
 
 def write_checkpoint(
@@ -149,13 +188,15 @@ def write_checkpoint(
     identity: dict[str, str],
     transposed: Iterable[str] = (),
     texts: Mapping[str, str] | None = None,
+    fused: Mapping[str, Fused] | None = None,
 ) -> None:
     """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time.
 
     The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
-    transposed: names of the matrices, given as [out, in], that their family stores the other way round.
+    transposed: names of the matrices, given as [out, in], that their family stores the other way round; fused: name of
+    each tensor that stands for several of those given -> how.
     """
-    transposed = frozenset(transposed)
+    transposed, fused = frozenset(transposed), dict(fused or {})
     with new_folder(target) as folder:
         for file in side_files(source):
             shutil.copyfile(file, folder / file.name)
@@ -164,10 +205,21 @@ def write_checkpoint(
         weight_map, total_size = {}, 0
         for shard, tensors in shards:
             tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}
+            fuse_(tensors, fused)
             save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
             weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
-        write_index(folder, weight_map, total_size, identity, transposed)
+        write_index(folder, weight_map, total_size, identity, transposed, fused)
+
+
+def fuse_(tensors: dict[str, Tensor], fused: Mapping[str, Fused]) -> None:
+    """Put the tensors that are parts of another into that one."""
+    for name, layout in fused.items():
+        first = next(iter(layout.shapes()))
+        if first in tensors:
+            tensors[name] = tensors[first].new_empty(layout.shape)
+            for part, view in layout.views(tensors[name]):
+                view.copy_(tensors.pop(part))
 
 
 @contextmanager
@@ -198,12 +250,17 @@ def write_base_index(checkpoint: Checkpoint) -> str:
         total_size += file.stat().st_size - start
     base_model = checkpoint.content_hash()
     identity = {"base_model": base_model, "iteration": "0"}
-    write_index(checkpoint.folder, weight_map, total_size, identity, checkpoint.transposed)
+    write_index(checkpoint.folder, weight_map, total_size, identity, checkpoint.transposed, checkpoint.fused)
     return base_model
 
 
 def write_index(
-    folder: Path, weight_map: dict[str, str], total_size: int, identity: dict[str, str], transposed: Iterable[str]
+    folder: Path,
+    weight_map: dict[str, str],
+    total_size: int,
+    identity: dict[str, str],
+    transposed: Iterable[str],
+    fused: Mapping[str, Fused],
 ) -> None:
     """The index of a checkpoint as Hugging Face has it, and in its metadata what we know of the weights.
 
@@ -211,6 +268,8 @@ def write_index(
     """
     hashes = {name: file_hash(folder / name) for name in sorted(set(weight_map.values()))}
     metadata = {"total_size": total_size, "stepdown": identity, "transposed": sorted(transposed), "sha256": hashes}
+    if fused:
+        metadata["fused"] = {name: asdict(layout) for name, layout in fused.items()}
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
     atomic_write(folder / INDEX_NAME, text + "\n")
 

@@ -1,29 +1,26 @@
-"""Any causal language model as a row of decoder layers, walked with one of them in memory at a time.
+"""Any causal language model as a row of decoder layers, of which one is in memory at a time.
 
-The model is built on the meta device; what surrounds its layers (embeddings, final norm, head) is loaded when needed.
-One forward pass in which every layer only passes its input on records what each layer is called with (masks, positions,
-...); the layers are then replayed one by one. Nothing here knows a model family.
+The model is built on the meta device; its layers, and what surrounds them (embeddings, final norm, head), are loaded
+when needed. Nothing here knows a model family.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..cli import progress
+from ..cli import log
 from ..errors import UserError
 from ..plan.gpus import claim_gpus
-from .checkpoint import Checkpoint
-from .linears import FUSED, as_linears_, fused_names
+from .checkpoint import Checkpoint, shard_of
+from .linears import as_linears_
 from .quantised_checkpoint import open_checkpoint
 from .sliced import as_sliced_, read_width
+from .stored_names import find_names
 
 
 @dataclass
@@ -33,7 +30,8 @@ class Decoder:
     model: the Hugging Face model, its parameters on the meta device, its buffers real; layers_name: where its decoder
     layers are ("model.layers"); dtype: what it computes in; states_device: where hidden states wait between two layers;
     checkpoint: where its weights are; stored: name of each tensor of the model -> its name in the checkpoint, which is
-    the name everything outside this module goes by.
+    the name everything outside this module goes by; types: name of each tensor of the model -> what it is loaded as;
+    returned: the form of what each layer returns (`layer_walk.Returned`), once a walk has seen it.
     """
 
     model: nn.Module
@@ -43,6 +41,8 @@ class Decoder:
     states_device: torch.device
     checkpoint: Checkpoint
     stored: dict[str, str]
+    types: dict[str, torch.dtype]
+    returned: list | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -50,12 +50,41 @@ class Decoder:
 
     def linears(self) -> dict[str, nn.Linear]:
         """The prunable matrices by stored name: every linear inside a decoder layer; embeddings and head are none."""
-        found = self.layers.named_modules(prefix=self.layers_name)
+        return {name: linear for place in range(len(self.layers)) for name, linear in self.linears_of(place).items()}
+
+    def linears_of(self, place: int) -> dict[str, nn.Linear]:
+        """Those that a layer uses. Several layers may use the same one, stored once: see `last_uses`."""
+        found = self.layers[place].named_modules(prefix=f"{self.layers_name}.{place}")
         return {
             self.stored[f"{name}.weight"].removesuffix(".weight"): module
             for name, module in found
             if isinstance(module, nn.Linear) and f"{name}.weight" in self.stored
         }
+
+    def last_uses(self) -> dict[str, int]:
+        """Stored name of each prunable matrix -> the last layer that uses it."""
+        return {name: place for place in range(len(self.layers)) for name in self.linears_of(place)}
+
+    def left_dense(self) -> dict[str, tuple[str, int]]:
+        """What cannot be pruned of the decoder layers, beside vectors: name, with `*` for numbers -> the kind of module
+        that holds it, and how many weights those are."""
+        prunable = {f"{name}.weight" for name in self.linears()}
+        found: dict[str, tuple[str, int]] = {}
+        seen = set()
+        for name, parameter in self.layers.named_parameters(prefix=self.layers_name):
+            stored = self.stored.get(name, name)
+            if parameter.dim() < 2 or stored in prunable | seen:
+                continue
+            seen.add(stored)
+            kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+            pattern = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", stored))
+            found[pattern] = kind, found.get(pattern, (kind, 0))[1] + parameter.numel()
+        return found
+
+    def weights(self) -> int:
+        """How many weights the decoder layers have, vectors included; what several layers use counts once."""
+        named = self.layers.named_parameters(prefix=self.layers_name)
+        return sum({self.stored.get(name, name): parameter.numel() for name, parameter in named}.values())
 
 
 def open_decoder(
@@ -71,6 +100,8 @@ def open_decoder(
     transposed = as_linears_(model)
     layers_name = find_layers(model)
     if width := read_width(folder):
+        # What form a sliced model has depends on its ties.
+        _untie_what_differs(model, checkpoint, find_names(model, checkpoint.names).stored)
         as_sliced_(model, model.get_submodule(layers_name), width)
     target = choose_device(device)
     for module in model.modules():
@@ -78,21 +109,59 @@ def open_decoder(
             if buffer is not None:
                 module._buffers[name] = buffer.to(target)
     dtype = getattr(model.config, "dtype", None) or model.dtype
-    stored = stored_names(model, checkpoint)
+    stored = _find_stored(model, checkpoint)
     checkpoint.transposed = frozenset(stored[f"{name}.weight"] for name in transposed if f"{name}.weight" in stored)
     check_sizes(model, checkpoint, stored)
     waiting = torch.device("cpu") if hidden_states == "cpu" else target
-    decoder = Decoder(model, layers_name, dtype, target, waiting, checkpoint, stored)
+    decoder = Decoder(model, layers_name, dtype, target, waiting, checkpoint, stored, types_of(model, dtype))
     if not decoder.linears():
         raise UserError(f"{folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
     return decoder
+
+
+def _find_stored(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Name of each tensor of the model -> the name it is stored under; the checkpoint is told what it holds fused.
+
+    Raises `UserError` for what transformers would have to compute from stored tensors: base_model.py writes it.
+    """
+    naming = find_names(model, checkpoint.names)
+    if naming.fused:
+        checkpoint.fused = naming.fused
+        naming = find_names(model, checkpoint.names)
+    if naming.computed:
+        name, (converter, sources) = next(iter(naming.computed.items()))
+        steps = ", ".join(type(step).__name__ for step in converter.operations)
+        raise UserError(
+            f"{checkpoint.folder}: the family {model.config.model_type!r} stores {sources[0][1]} in another form than"
+            f" it is used in ({name}: {steps}); import it with base_model.py first"
+        )
+    _untie_what_differs(model, checkpoint, naming.stored)
+    return naming.stored
+
+
+def _untie_what_differs(model: nn.Module, checkpoint: Checkpoint, stored: dict[str, str]) -> None:
+    """Where a file holds two tensors that its config calls one, and they differ, they are two, as in transformers."""
+    for name, source in list(model.all_tied_weights_keys.items()):
+        if stored.get(name, "") == stored.get(source, "") or not {name, source} <= stored.keys():
+            continue
+        held = checkpoint.tensors([stored[name], stored[source]])
+        if not torch.equal(held[stored[name]], held[stored[source]]):
+            del model.all_tied_weights_keys[name]
+            head = model.get_output_embeddings()
+            if head is not None and name.rpartition(".")[0] in _names_of(model, head):
+                model.config.tie_word_embeddings = False
+            log.warning("%s: %s and %s are tied by config.json and differ: not tied", checkpoint.folder, name, source)
+
+
+def _names_of(model: nn.Module, wanted: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if module is wanted]
 
 
 def load_whole(folder: Path | str, device: str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The model of a checkpoint folder with all its weights: what `LayerWalk` walks, ready for use."""
     decoder = open_decoder(folder, device, trust_remote_code)
     _load(decoder, decoder.model, "", list(decoder.model.state_dict()))
-    decoder.model.tie_weights()
+    decoder.model.tie_weights(recompute_mapping=False)
     return decoder.model
 
 
@@ -112,35 +181,19 @@ def build_empty(folder: Path | str, trust_remote_code: bool = False) -> nn.Modul
     return build_model(folder, build, trust_remote_code)
 
 
-def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of each tensor of the model -> the name it is stored under; tied weights share one.
+def types_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What transformers loads each tensor of a model as that computes in `dtype`: a router's bias stays float32."""
+    from transformers.core_model_loading import build_glob_alternation
 
-    transformers renames tensors while loading: GPT-NeoX stores its head as `embed_out`, old OPT leaves out `model.`.
-    Experts are stored one by one and fused while loading; `model` has them one by one too, see `as_linears_`.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    own, fused = model.state_dict(), fused_names(model)
-    stored = {}
-    for name in checkpoint.names:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own | fused)
-        if pattern and renamed in fused:
-            converter = next(converter for converter in converters if pattern in converter.source_patterns)
-            number = re.search(r"\.experts\.(\d+)\.", name)[1]
-            part = FUSED[renamed.rpartition(".")[2]][converter.source_patterns.index(pattern)]
-            stored[f"{fused[renamed]}.{number}.{part}.weight"] = name
-        elif renamed in own and not pattern:
-            stored[renamed] = name
-    for name, source in model.all_tied_weights_keys.items():
-        # Either of two that are one may be the one that is stored.
-        for own, other in ((name, source), (source, name)):
-            if own not in stored and other in stored:
-                stored[own] = stored[other]
-    return stored
+    built = getattr(model.config, "dtype", None) or model.dtype
+    own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    types = {name: dtype if kind == built else kind for name, kind in own.items()}
+    plan = model._get_dtype_plan(dtype)
+    if plan:
+        kept, pattern_of, _ = build_glob_alternation(list(plan))
+        matches = {name: kept.search(name) for name in types}
+        types |= {name: plan[pattern_of[found.lastgroup]] for name, found in matches.items() if found}
+    return types
 
 
 def check_sizes(model: nn.Module, checkpoint: Checkpoint, stored: dict[str, str]) -> None:
@@ -154,11 +207,17 @@ def check_sizes(model: nn.Module, checkpoint: Checkpoint, stored: dict[str, str]
 
 
 def find_layers(model: nn.Module) -> str:
-    """The name of the decoder layers: the module list that holds the most parameters."""
+    """The name of the decoder layers: the module list that holds the most parameters, outside of what sees or hears."""
+    # Of a vision-language model the vision tower may be the larger part.
+    others = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if "text" not in getattr(module, "input_modalities", "text") and name
+    ]
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and not name.startswith(tuple(others))
     }
     if not sizes:
         raise UserError(f"{model.config.name_or_path}: {type(model).__name__} has no list of decoder layers")
@@ -176,78 +235,6 @@ def choose_device(device: str, count: int = 1) -> torch.device:
     return torch.device(device)
 
 
-class LayerWalk:
-    """Token batches on their way through a decoder, one layer in memory at a time.
-
-    batches: int64 [sequences, tokens] each. `states` holds, per batch, the hidden states [sequences, tokens, hidden]
-    that the next layer will see.
-    """
-
-    @torch.no_grad()
-    def __init__(self, decoder: Decoder, batches: Sequence[Tensor]):
-        self.decoder = decoder
-        self.batches = batches
-        self.states: list[Tensor] = []
-        self._calls: list[list[tuple[tuple, dict]]] = []
-        with _loaded_around_layers(decoder, decoder.model.base_model_prefix):
-            self._returned = _returned_by_layers(decoder, batches[0][:1])
-            for batch in batches:
-                state, calls = _record_calls(decoder, batch, self._returned)
-                self.states.append(state.to(decoder.states_device))
-                self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
-
-    def layers(
-        self, description: str | None, backwards: bool = False
-    ) -> Iterator[tuple[str, nn.Module, Callable[..., None]]]:
-        """Yield each layer's name, the loaded layer and `replay(advance=True)`, which runs every batch through it.
-
-        Hook or change the layer before replaying it; with `advance=False` the outputs are dropped and the states stay,
-        and `batch=3` replays that batch alone.
-        A layer must be replayed with `advance=True` once: its outputs are what the next layer sees.
-        """
-        numbered = list(enumerate(self.decoder.layers))
-        numbered = numbered[::-1] if backwards else numbered
-        for place, layer in progress(numbered, description) if description else numbered:
-            name = f"{self.decoder.layers_name}.{place}"
-            load_module(self.decoder, layer, name)
-            yield name, layer, partial(self._replay, place)
-            layer.to("meta")
-
-    @torch.no_grad()
-    def logits(self) -> Iterator[Tensor]:
-        """After the last layer: per batch, the logits [sequences, tokens, vocabulary] of the model's own head."""
-        model = self.decoder.model
-        with _loaded_around_layers(self.decoder):
-            for batch, state in zip(self.batches, self.states, strict=True):
-                returned = self._returned(state.to(self.decoder.device))
-                with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
-                    yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
-
-    def loss_gradients(self) -> Iterator[Tensor]:
-        """After the last layer: per batch, the gradient of its mean loss by its hidden states, in their shape."""
-        model = self.decoder.model
-        with _loaded_around_layers(self.decoder):
-            for batch, state in zip(self.batches, self.states, strict=True):
-                state = state.detach().to(self.decoder.device).requires_grad_()
-                tokens, returned = batch.to(self.decoder.device), self._returned(state)
-                with _layers_replaced(self.decoder, lambda *_, returned=returned, **__: returned):
-                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                yield torch.autograd.grad(loss, state)[0]
-
-    def call(self, place: int, number: int, state: Tensor) -> Tensor:
-        """What layer `place`, loaded, makes of `state` [sequences, tokens, hidden] as that of batch `number`."""
-        arguments, keywords = self._calls[number][place]
-        output = self.decoder.layers[place](state.to(self.decoder.device), *arguments, **keywords)
-        return output[0] if isinstance(output, tuple) else output
-
-    @torch.no_grad()
-    def _replay(self, place: int, advance: bool = True, batch: int | None = None) -> None:
-        for number in range(len(self.batches)) if batch is None else [batch]:
-            output = self.call(place, number, self.states[number])
-            if advance:
-                self.states[number] = output.to(self.decoder.states_device)
-
-
 def load_module(decoder: Decoder, module: nn.Module, name: str) -> None:
     """Load the weights of one submodule from the checkpoint, in the type the model computes in."""
     _load(decoder, module, f"{name}.", list(module.state_dict()))
@@ -257,97 +244,66 @@ def _load(decoder: Decoder, module: nn.Module, prefix: str, names: list[str]) ->
     """Fill the named tensors of `module`, whose names in the model begin with `prefix`."""
     wanted = {name: decoder.stored[prefix + name] for name in names if prefix + name in decoder.stored}
     found = decoder.checkpoint.tensors(set(wanted.values()))
-    tensors = {name: _ready(found[stored], decoder) for name, stored in wanted.items()}
+    tensors = {name: _ready(found[stored], decoder, prefix + name) for name, stored in wanted.items()}
     module.load_state_dict(tensors, strict=False, assign=True)
     missing = [name for name in names if name not in wanted and module.state_dict()[name].is_meta]
     if missing:
-        raise UserError(
-            f"{decoder.checkpoint.folder}: no tensor {prefix + missing[0]!r}; the checkpoint is not complete"
-        )
+        raise _incomplete(decoder, prefix + missing[0])
 
 
-def _ready(tensor: Tensor, decoder: Decoder) -> Tensor:
-    return tensor.to(decoder.device, decoder.dtype if tensor.is_floating_point() else tensor.dtype)
+def _incomplete(decoder: Decoder, missing: str) -> UserError:
+    """What to say of a tensor that is not there; or is, in a form that no rule of transformers explains."""
+    checkpoint, used = decoder.checkpoint, set(decoder.stored.values())
+    spare = next((name for name in checkpoint.names if name not in used and shard_of(name) == shard_of(missing)), None)
+    if spare is None:
+        return UserError(f"{checkpoint.folder}: no tensor {missing!r}; the checkpoint is not complete")
+    family = decoder.model.config.model_type
+    return UserError(
+        f"{checkpoint.folder}: no tensor {missing!r}, but {spare!r}, a form of the family {family!r} that transformers"
+        " does not convert; save the model with transformers, and give that folder"
+    )
+
+
+def _ready(tensor: Tensor, decoder: Decoder, name: str) -> Tensor:
+    return tensor.to(decoder.device, decoder.types[name] if tensor.is_floating_point() else tensor.dtype)
+
+
+def unload(module: nn.Module, keep: str | None = None) -> None:
+    """Let go of what `load_module` loaded; buffers that no checkpoint holds, such as frequencies, stay.
+
+    keep: the beginning of names that were never loaded.
+    """
+    parameters = module.state_dict()
+    names = [name for name in parameters if keep is None or not name.startswith(keep)]
+    meta = {name: torch.empty_like(parameters[name], device="meta") for name in names}
+    module.load_state_dict(meta, strict=False, assign=True)
 
 
 @contextmanager
-def _loaded_around_layers(decoder: Decoder, prefix: str = "") -> Iterator[None]:
-    """While open, what is outside the decoder layers and begins with `prefix` is loaded: embeddings, norms, head."""
+def loaded_around_layers(decoder: Decoder, without: str | None = None) -> Iterator[None]:
+    """While open, what is outside the decoder layers is loaded: embeddings, norms, head.
+
+    without: the beginning of names that are left out.
+    """
     model, inside = decoder.model, decoder.layers_name + "."
-    names = [name for name in model.state_dict() if name.startswith(prefix) and not name.startswith(inside)]
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}.intersection(names)
-    _load(decoder, model, "", names)
+    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    _load(decoder, model, "", [name for name in names if without is None or not name.startswith(without)])
     try:
         yield
     finally:
-        meta = {name: torch.empty_like(model.get_parameter(name), device="meta") for name in parameters}
-        model.load_state_dict(meta, strict=False, assign=True)
+        unload(model, keep=inside)
 
 
 @contextmanager
-def _layers_replaced(decoder: Decoder, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, every decoder layer answers with `forward`; attributes the model asks a layer for stay its own."""
-    for layer in decoder.layers:
-        layer.forward = forward
-    try:
+def loaded_before_layers(decoder: Decoder) -> Iterator[None]:
+    """While open, all that a forward pass asks for before it comes to the decoder layers is loaded: not the head."""
+    head = decoder.model.get_output_embeddings()
+    name = next(iter(_names_of(decoder.model, head)), None)
+    with loaded_around_layers(decoder, without=name and f"{name}."):
         yield
-    finally:
-        for layer in decoder.layers:
-            del layer.forward
 
 
-def _returned_by_layers(decoder: Decoder, batch: Tensor) -> Callable[[Tensor], Any]:
-    """How the model expects its layers to return hidden states: bare, or first in a tuple (some families still do)."""
-
-    def bare(state: Tensor) -> Tensor:
-        return state
-
-    def in_tuple(state: Tensor) -> tuple[Tensor]:
-        return (state,)
-
-    try:
-        # A model that expects tuples takes the first sequence for the whole batch, and another shape comes out.
-        with _layers_replaced(decoder, lambda *arguments, **keywords: _split_call(arguments, keywords)[0]):
-            output = decoder.model.base_model(input_ids=batch.to(decoder.device), use_cache=False)
-        return bare if output.last_hidden_state.shape[:2] == batch.shape else in_tuple
-    except RuntimeError:
-        return in_tuple
-
-
-def _record_calls(
-    decoder: Decoder, batch: Tensor, returned: Callable[[Tensor], Any]
-) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-    """What the first layer sees of a batch, and what each layer is called with beside the hidden states."""
-    states: list[Tensor] = []
-    calls: list[tuple[tuple, dict]] = []
-
-    def pass_on(*arguments: Any, **keywords: Any) -> Any:
-        state, *call = _split_call(arguments, keywords)
-        states.append(state)
-        calls.append(tuple(call))
-        return returned(state)
-
-    with _layers_replaced(decoder, pass_on):
-        decoder.model.base_model(input_ids=batch.to(decoder.device), use_cache=False)
-    return states[0], calls
-
-
-def _split_call(arguments: tuple, keywords: dict) -> tuple[Tensor, tuple, dict]:
-    """The hidden states a layer is called with, and the rest of the call."""
-    if arguments:
-        return arguments[0], arguments[1:], keywords
-    return keywords["hidden_states"], (), {key: value for key, value in keywords.items() if key != "hidden_states"}
-
-
-def _share(calls: list[tuple[tuple, dict]], reference: list[tuple[tuple, dict]]) -> list[tuple[tuple, dict]]:
-    """The calls, each tensor that equals one of the reference replaced by it: positions and masks are held once."""
-    known = list({id(leaf): leaf for leaf in tree_leaves(reference) if isinstance(leaf, Tensor)}.values())
-    memo: dict[int, Tensor] = {}
-
-    def shared(tensor: Tensor) -> Tensor:
-        if id(tensor) not in memo:
-            same = (other for other in known if other.shape == tensor.shape and torch.equal(other, tensor))
-            memo[id(tensor)] = next(same, tensor)
-        return memo[id(tensor)]
-
-    return tree_map_only(Tensor, shared, calls)
+def load_zeros(module: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    tensors = module.state_dict()
+    zeros = {name: torch.zeros_like(tensors[name], device=device) for name in names}
+    module.load_state_dict(zeros, strict=False, assign=True)

@@ -6,20 +6,18 @@ in one 3-D parameter. What takes their place here computes the same, and is hook
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..cli import log
-
-# The linears of an expert whose fused parameter is made of several, in the order they are concatenated.
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+from .fused import PARTS, Fused
 
 
 def as_linears_(model: nn.Module) -> list[str]:
     """Replace Conv1D and fused experts in a model by linears; returns the names of those that were held transposed.
 
-    Experts of another form than down(act(gate(x)) * up(x)), without biases, stay as they are, with a warning.
+    Experts of a form that transformers does not describe stay as they are; `dense_by_form` names them.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -30,53 +28,58 @@ def as_linears_(model: nn.Module) -> list[str]:
             transposed.append(name)
         elif _are_fused_experts(module):
             replace_module(model, name, SeparateExperts(module))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and ".experts." in name:
-            log.warning("%s: experts of a form that is not known here; they stay dense", name)
     return transposed
 
 
 class SeparateExperts(nn.ModuleList):
-    """Experts as modules of three linears; each sees the tokens routed to it, and no others.
+    """Experts as modules of linears; each sees the tokens routed to it, and no others.
 
-    Takes the parameters away from the fused module it is made of: gate_up_proj [experts, 2 * inner, hidden] and
-    down_proj [experts, hidden, inner].
+    Takes the parameters away from the fused module it is made of, as transformers describes it
+    (`use_experts_implementation`): with a gate or without, with biases or without, [out, in] or [in, out].
     """
 
     def __init__(self, fused: nn.Module):
-        parameters = {name: getattr(fused, name).detach() for name in FUSED}
-        super().__init__(
-            nn.ModuleDict(
-                {
-                    linear: linear_of(part.clone())
-                    for name, linears in FUSED.items()
-                    for linear, part in zip(linears, parameters[name][number].chunk(len(linears)), strict=True)
-                }
-            )
-            for number in range(len(parameters["down_proj"]))
-        )
-        self._apply_gate = fused._apply_gate
-        for name in FUSED:
+        self.layout = {name: _layout(fused, name) for name, _ in fused.named_parameters()}
+        found = [dict(layout.views(getattr(fused, name).detach())) for name, layout in self.layout.items()]
+        tensors = {name: tensor.clone() for views in found for name, tensor in views.items()}
+        linears = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+        super().__init__(nn.ModuleDict() for _ in range(len(fused.down_proj)))
+        for name in sorted(linears):
+            _, number, part = name.split(".")
+            self[int(number)][part] = linear_of(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+        for name in self.layout:
             delattr(fused, name)
+        self.has_gate, self.interleaved = fused.has_gate, not fused.is_concatenated
+        self.act = fused._apply_gate if fused.has_gate else fused.act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum over its experts of each token's outputs: [tokens, hidden]; index and weights: [tokens, top k]."""
-        output = torch.zeros_like(hidden_states)
+        # Summed in float32 and rounded once, as transformers does.
+        output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for number, expert in enumerate(self):
             token, place = torch.where(top_k_index == number)
             if len(token) == 0:
                 continue
-            seen = hidden_states[token]
-            inner = self._apply_gate(torch.cat([expert["gate_proj"](seen), expert["up_proj"](seen)], dim=-1))
+            inner = self.act(self._inner(expert, hidden_states[token]))
             weighted = expert["down_proj"](inner) * top_k_weights[token, place, None]
-            output.index_add_(0, token, weighted.to(output.dtype))
-        return output
+            output.index_add_(0, token, weighted.float())
+        return output.to(hidden_states.dtype)
+
+    def _inner(self, expert: nn.ModuleDict, seen: Tensor) -> Tensor:
+        """What the activation is given, in the order in which the family's own function expects gate and up."""
+        if not self.has_gate:
+            return expert["up_proj"](seen)
+        halves = expert["gate_proj"](seen), expert["up_proj"](seen)
+        return torch.stack(halves, dim=-1).flatten(-2) if self.interleaved else torch.cat(halves, dim=-1)
 
 
-def fused_names(model: nn.Module) -> dict[str, str]:
-    """Names that fused parameters had before they were replaced -> name of the `SeparateExperts` in their place."""
-    experts = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
-    return {f"{name}.{parameter}": name for name in experts for parameter in FUSED}
+def fused_names(model: nn.Module) -> dict[str, Fused]:
+    """Names that fused parameters had before they were replaced -> what the model has in their place."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SeparateExperts):
+            found |= {f"{name}.{own}": replace(layout, name=name) for own, layout in module.layout.items()}
+    return found
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -104,9 +107,19 @@ def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor
 
 
 def _are_fused_experts(module: nn.Module) -> bool:
-    parameters = dict(module.named_parameters(recurse=False))
-    transposed = getattr(module, "is_transposed", True) or not getattr(module, "is_concatenated", False)
-    return parameters.keys() == FUSED.keys() and not transposed
+    """Whether a module says of itself how its parameters hold experts, in a form that `SeparateExperts` computes."""
+    parameters = dict(module.named_parameters())
+    described = hasattr(module, "is_concatenated") and not module.has_post_expert_norm
+    return described and "down_proj" in parameters and all(_layout(module, name) for name in parameters)
+
+
+def _layout(module: nn.Module, parameter: str) -> Fused | None:
+    """How a parameter of a module of experts holds their linears."""
+    of, kind = (parameter[:-5], "bias") if parameter.endswith("_bias") else (parameter, "weight")
+    if of not in PARTS:
+        return None
+    shape = tuple(module.get_parameter(parameter).shape)
+    return Fused("", PARTS[of], shape, kind, module.is_transposed, not module.is_concatenated)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """A packed folder as a Hugging Face model whose linears run packed."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor, nn
 
 from ..cli import progress
 from ..errors import UserError
-from ..models.decoder import build_empty, choose_device, stored_names
+from ..models.decoder import build_empty, choose_device, types_of
 from ..models.linears import as_linears_, replace_module
+from ..models.stored_names import stored_names
 from .folder import checkpoint_names, read_index, read_shard
 from .format import PackedMatrix
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
@@ -36,10 +36,11 @@ def load_packed(
     kernel = choose_kernel(kernel, place)
     model = build_empty(folder, trust_remote_code).eval()
     as_linears_(model)
-    stored = stored_names(model, SimpleNamespace(names=checkpoint_names(folder, index)))
+    stored = stored_names(model, checkpoint_names(folder, index))
+    types = types_of(model, torch.bfloat16)
     for file in progress(index["sha256"], "load"):
         tensors, matrices = read_shard(folder / file, index)
-        _load_shard(model, stored, tensors, matrices, kernel, place)
+        _load_shard(model, stored, types, tensors, matrices, kernel, place)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UserError(f"{folder}: no tensor for {missing[0]}; was it packed from this model? pack it again")
@@ -50,23 +51,25 @@ def load_packed(
 def _load_shard(
     model: nn.Module,
     stored: dict[str, str],
+    types: dict[str, torch.dtype],
     tensors: dict[str, Tensor],
     matrices: dict[str, PackedMatrix],
     kernel: str,
     place: torch.device,
 ) -> None:
-    """Put what one file holds where the model has it; stored: name in the model -> name in the file."""
-    ready = {
-        name: tensor.to(place, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in tensors.items()
+    """Put what one file holds where the model has it; stored: name in the model -> name in the file; types: the same
+    name -> what it is loaded as."""
+    own = {
+        name: tensors[source].to(place, types[name] if tensors[source].is_floating_point() else None)
+        for name, source in stored.items()
+        if source in tensors
     }
     for name, source in stored.items():
         linear = source.removesuffix(".weight")
         if linear in matrices:
             module = name.removesuffix(".weight")
-            bias = ready.get(stored.get(f"{module}.bias"))
+            bias = own.get(f"{module}.bias")
             replace_module(model, module, ThreeTierLinear(matrices[linear].to(device=place), bias, kernel))
-    own = {name: ready[source] for name, source in stored.items() if source in ready}
     model.load_state_dict(own, strict=False, assign=True)
 
 

@@ -133,6 +133,7 @@ def check_structured(asked: Structured, folder: Path | str) -> None:
     """`UserError` for a model whose config.json shows that it cannot be made smaller so."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     family = config.get("model_type", "")
+    config = config.get("text_config") or config
     layers = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
     if asked.layers and layers is not None:
         check_layers(asked.layers, layers, folder)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 from ..models.linears import as_linears_
 from ..plan.compressions import Dynamic
 from .layerwise import LoadedLayer, visit
@@ -37,7 +38,7 @@ def calibrate_thresholds(decoder: Decoder, windows: Tensor, batch_size: int, ask
     windows: int64 [samples, tokens]. `uniform` gives every linear the same share; `greedy` spreads the share over the
     linears of a layer, weighted by their size, so that the layer's output changes least (TEAL, algorithm 1).
     """
-    own = {stored: name.removesuffix(".weight") for name, stored in decoder.stored.items()}
+    own_name = {module: name for name, module in decoder.model.named_modules()}
     walk = LayerWalk(decoder, windows.split(batch_size))
     found = {}
     for layer in visit(walk, f"{asked.allocation} thresholds"):
@@ -57,7 +58,11 @@ def calibrate_thresholds(decoder: Decoder, windows: Tensor, batch_size: int, ask
         quantiles |= _quantiles(counts)
         for name, threshold in thresholds.items():
             achieved = quantiles[name].share_below(threshold)
-            found[own[f"{name}.weight"]] = {"threshold": threshold, "target": shares[name], "achieved": achieved}
+            found[own_name[layer.linears[name]]] = {
+                "threshold": threshold,
+                "target": shares[name],
+                "achieved": achieved,
+            }
     return found
 
 

@@ -11,10 +11,11 @@ from ..cli import log
 from ..errors import UserError
 from ..files import check_length
 from ..models.checkpoint import load_tensors
-from ..models.decoder import Decoder, LayerWalk, open_decoder
+from ..models.decoder import Decoder, open_decoder
+from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap
 from ..text import calibration_windows, describe, parse_text
-from .layerwise import visit
+from .layerwise import added, visit
 from .statistics import accumulating_squares
 
 
@@ -49,12 +50,14 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     for layer in visit(LayerWalk(decoder, windows.split(batch_size)), "calibrate"):
         found = layer.gather(gather, advance=True)
         for name, linear in layer.linears.items():
-            if name not in found:
+            norms[name] = added(norms.get(name), found[name].cpu() if name in found else None)
+            if name in layer.used_later:
+                continue
+            if norms[name] is None:
                 log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
-                found[name] = torch.ones(linear.in_features)
-            if not found[name].isfinite().all():
+                norms[name] = torch.ones(linear.in_features)
+            if not norms[name].isfinite().all():
                 raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
-            norms[name] = found[name].cpu()
     return norms
 
 

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,10 @@ from ..cli import progress
 from ..errors import UserError
 from ..measure.perplexity import perplexity
 from ..models.checkpoint import shard_of, write_checkpoint
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 from ..models.linears import as_linears_
+from ..models.stored_names import stored_names
 from ..plan.compressions import check_layers
 from .layerwise import visit, visit_backwards
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # Lists in a config that hold numbers of layers; other lists of as many entries as layers have one for each.
-NUMBERS_OF_LAYERS = ("mlp_only_layers",)
+NUMBERS_OF_LAYERS = ("mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices")
 
 
 # --- which layers go -------------------------------------------------------------------------------------------------
@@ -136,7 +139,6 @@ def write_without_layers(decoder: Decoder, removed: Sequence[int], target: Path,
     checkpoint, count = decoder.checkpoint, len(decoder.layers)
     kept = [number for number in range(count) if number not in set(removed)]
     config = shorter_config(decoder.model.config, kept, count)
-    _check_renumbered(decoder, config, kept)
     first = next(name for name in decoder.stored if name.startswith(f"{decoder.layers_name}."))
     stored_layers = shard_of(decoder.stored[first]).rpartition(".")[0]
 
@@ -145,6 +147,8 @@ def write_without_layers(decoder: Decoder, removed: Sequence[int], target: Path,
         if not found:
             return name
         return f"{found[1]}.{kept.index(int(found[2]))}{found[3]}" if int(found[2]) in kept else None
+
+    _check_renumbered(decoder, config, kept, renumbered)
 
     def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for shard, names in progress(checkpoint.shards().items(), "write"):
@@ -155,34 +159,60 @@ def write_without_layers(decoder: Decoder, removed: Sequence[int], target: Path,
                 )
 
     transposed = filter(None, map(renumbered, checkpoint.transposed))
+    fused = {
+        renumbered(name): replace(layout, name=renumbered(layout.name))
+        for name, layout in checkpoint.fused.items()
+        if renumbered(name)
+    }
     texts = {"config.json": config.to_json_string()}
-    write_checkpoint(checkpoint.folder, target, shards(), identity, transposed, texts)
+    write_checkpoint(checkpoint.folder, target, shards(), identity, transposed, texts, fused)
 
 
 def shorter_config(config: "PretrainedConfig", kept: Sequence[int], count: int) -> "PretrainedConfig":
     """The config of a model of which the layers `kept` of `count` stay; lists with an entry per layer included."""
     shorter = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
+    # Of a model that also sees or hears, the part that reads and writes.
+    decoder = shorter.get_text_config(decoder=True)
+    for name, value in decoder.to_dict().items():
         if name in NUMBERS_OF_LAYERS and value:
-            setattr(shorter, name, [kept.index(number) for number in value if number in kept])
+            setattr(decoder, name, [kept.index(number) for number in value if number in kept])
         elif isinstance(value, list) and "layer" in name and len(value) == count:
-            setattr(shorter, name, [value[number] for number in kept])
-    shorter.num_hidden_layers = len(kept)
+            setattr(decoder, name, [value[number] for number in kept])
+    decoder.num_hidden_layers = len(kept)
     return shorter
 
 
-def _check_renumbered(decoder: Decoder, config: "PretrainedConfig", kept: Sequence[int]) -> None:
-    """A layer must be built the same under its new number."""
-    with torch.device("meta"):
-        model = type(decoder.model)(config)
+def _check_renumbered(
+    decoder: Decoder, config: "PretrainedConfig", kept: Sequence[int], renumbered: Callable[[str], str | None]
+) -> None:
+    """A layer must be built the same under its new number, and find its weights there; renumbered: new name of a stored
+    tensor, None of one that goes."""
+    try:
+        with torch.device("meta"):
+            model = type(decoder.model)(type(config).from_dict(config.to_dict()))
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{decoder.checkpoint.folder}: without these layers it is no {config.model_type} that transformers builds"
+            f" ({reason}); remove others"
+        ) from None
     as_linears_(model)
+    stored = stored_names(model, [name for name in map(renumbered, decoder.checkpoint.names) if name])
     layers = model.get_submodule(decoder.layers_name)
-    for number, layer in zip(kept, layers, strict=True):
+    for place, (number, layer) in enumerate(zip(kept, layers, strict=True)):
         if _shapes(layer) != _shapes(decoder.layers[number]):
             raise UserError(
                 f"{decoder.checkpoint.folder}: layer {number} would be another kind of layer under its new number; "
                 f"remove layers so that the kinds of {config.model_type} stay in step, or choose another method"
             )
+        before, after = (f"{decoder.layers_name}.{position}." for position in (number, place))
+        for name in layer.state_dict():
+            source = decoder.stored.get(before + name)
+            if source and stored.get(after + name, "") != renumbered(source):
+                raise UserError(
+                    f"{decoder.checkpoint.folder}: layer {number} uses {source}, which it would not find any more; "
+                    f"remove none of the {config.model_type} layers that share a block, or choose another method"
+                )
 
 
 def _shapes(layer: nn.Module) -> dict[str, torch.Size]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors, save_tensors
-from ..models.decoder import LayerWalk
+from ..models.layer_walk import LayerWalk
 from ..models.linears import watching_inputs
 
 Gather = Callable[[dict[str, nn.Linear]], AbstractContextManager[dict[str, Any]]]
@@ -28,7 +28,8 @@ class LoadedLayer:
     """A decoder layer, the only one in memory, with the text about to go through it.
 
     walk: its `states` are what the layer is given; place: the layer's number; linears: its prunable ones by stored
-    name, in the order the model has them; replay: sends every batch through, see `LayerWalk.layers`.
+    name, in the order the model has them; used_later: those of them that a later layer uses too; replay: sends every
+    batch through, see `LayerWalk.layers`.
     """
 
     walk: LayerWalk
@@ -36,6 +37,7 @@ class LoadedLayer:
     name: str
     module: nn.Module
     linears: dict[str, nn.Linear]
+    used_later: frozenset[str]
     replay: Callable[..., None]
 
     def gather(self, gather: Gather, advance: bool = False) -> dict[str, Any]:
@@ -45,8 +47,9 @@ class LoadedLayer:
         return found
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of the linears, by their names in the checkpoint, on the CPU."""
-        return {f"{name}.weight": linear.weight.detach().cpu() for name, linear in self.linears.items()}
+        """The weights of the linears whose last use this is, by their names in the checkpoint, on the CPU."""
+        done = {name: linear for name, linear in self.linears.items() if name not in self.used_later}
+        return {f"{name}.weight": linear.weight.detach().cpu() for name, linear in done.items()}
 
     def output(self, batch: int) -> Tensor:
         """What the layer makes of the states of a batch: [sequences, tokens, hidden]."""
@@ -70,7 +73,8 @@ class LoadedLayer:
         return [names for inputs, names in groups if inputs.shape[:-1].numel() == tokens]
 
     def inputs(self, name: str, batch: int) -> Tensor:
-        """What a linear is given of a batch, float32 [tokens, in]; what comes after it in the layer is not computed."""
+        """What a linear is given of a batch, float32 [tokens, in]; what comes after it in the layer is not computed. An
+        expert that no token is routed to is given none."""
 
         def leave(_: str, inputs: Tensor) -> None:
             raise _Reached(inputs)
@@ -80,7 +84,7 @@ class LoadedLayer:
                 self.replay(advance=False, batch=batch)
         except _Reached as reached:
             return reached.args[0].flatten(0, -2).float()
-        raise RuntimeError("a linear that is called with the first batch is not called with another")
+        return self.linears[name].weight.new_empty(0, self.linears[name].in_features, dtype=torch.float32)
 
 
 class _Reached(Exception):
@@ -89,10 +93,17 @@ class _Reached(Exception):
 
 def visit(walk: LayerWalk, description: str | None, backwards: bool = False) -> Iterator[LoadedLayer]:
     """The layers of a walk, one in memory at a time; each must be replayed with `advance=True` once."""
-    name_of = {module: name for name, module in walk.decoder.linears().items()}
+    last_uses = walk.decoder.last_uses()
     for name, module, replay in walk.layers(description, backwards):
-        linears = {name_of[part]: part for part in module.modules() if part in name_of}
-        yield LoadedLayer(walk, int(name.rpartition(".")[2]), name, module, linears, replay)
+        place = int(name.rpartition(".")[2])
+        linears = walk.decoder.linears_of(place)
+        later = frozenset(linear for linear in linears if last_uses[linear] > place)
+        yield LoadedLayer(walk, place, name, module, linears, later, replay)
+
+
+def added(before: Any, now: Any) -> Any:
+    """Statistics of two uses of a linear, or of the one that saw tokens."""
+    return before if now is None else now if before is None else before + now
 
 
 @torch.no_grad()
@@ -105,15 +116,23 @@ def change_layers(
     """Change the layers in order, each by what it sees of those changed before it, and yield each once it is changed.
 
     gather: by name of a statistic; with none, no text goes through the layers. make: (name of a linear, its weight
-    [out, in], its statistics by name, None where no token reached it) -> its new weight.
+    [out, in], its statistics by name, None where no token reached it) -> its new weight. A linear that several layers
+    use is changed in the last of them, by the statistics of all uses.
     """
+    earlier: dict[tuple[str, str], Any] = {}
     for layer in visit(walk, description):
         with ExitStack() as opened:
             found = {statistic: opened.enter_context(by(layer.linears)) for statistic, by in gather.items()}
             if gather:
                 layer.replay(advance=False)
         for name, linear in layer.linears.items():
-            statistics = {statistic: values.get(name) for statistic, values in found.items()}
+            statistics = {
+                statistic: added(earlier.pop((statistic, name), None), values.get(name))
+                for statistic, values in found.items()
+            }
+            if name in layer.used_later:
+                earlier |= {(statistic, name): values for statistic, values in statistics.items()}
+                continue
             linear.weight.copy_(make(name, linear.weight, statistics))
         if gather:
             layer.replay()

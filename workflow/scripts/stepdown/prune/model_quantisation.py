@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..cli import log, progress
 from ..errors import UserError
 from ..models.checkpoint import rewriting_layers
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 from ..models.quantised_checkpoint import FORMAT, pack
 from ..plan.compressions import Quantisation, check_groups
 from ..tensors.quantisation import Quantised, gptq, round_to_nearest
@@ -69,7 +70,7 @@ def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisa
 
     gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
     for layer in change_layers(LayerWalk(decoder, windows.split(batch_size)), "gptq", gather, make):
-        yield {name: found.pop(name) for name in layer.linears}
+        yield {name: found.pop(name) for name in layer.linears if name in found}
 
 
 def _check_finite(decoder: Decoder, name: str, weight: Tensor) -> None:

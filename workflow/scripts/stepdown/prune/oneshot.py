@@ -11,7 +11,8 @@ from torch import Tensor
 from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import rewriting_layers
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 from ..models.pruning_reports import describe_pruning
 from ..plan.runs import Run
 from ..tensors.blocks import grid_shape

@@ -4,7 +4,8 @@ Layer by layer, and within a layer in the order its linears are called: each is 
 before pruning, from the inputs it is given now that all before it are pruned and refitted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from fractions import Fraction
 from itertools import chain
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from ..cli import log
 from ..errors import UserError
-from ..models.decoder import Decoder, LayerWalk
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
 from ..tensors.least_squares import masked_least_squares
-from .layerwise import LoadedLayer, visit
+from .layerwise import LoadedLayer, added, visit
 
 
 @torch.no_grad()
@@ -31,20 +33,28 @@ def refit_layers(
     Yields each layer once it is refitted.
 
     keep: (name, weight [out, in]) -> which weights are free, bool; windows: int64 [samples, tokens], `batch_size` of
-    them through a layer at a time. In memory: a layer of each model, the hidden states of both, H and X'Y of one input.
+    them through a layer at a time. In memory: a layer of each model, the hidden states of both, H and X'Y of one input;
+    a linear that several layers use is fitted in the last of them, to the inputs of all.
     Raises `UserError` naming the linear whose inputs are not finite.
     """
+    earlier: dict[str, tuple[Tensor, Tensor]] = {}
     walk, dense_walk = (LayerWalk(decoder, windows.split(batch_size)) for decoder in (pruned, dense))
     for layer, dense_layer in zip(visit(walk, "refit"), visit(dense_walk, None), strict=True):
         together = layer.called_together()
         if left_out := layer.linears.keys() - set(chain(*together)):
-            # The dense model routes other tokens to its experts.
-            log.warning("%s and %d others are not given every token: not refitted", min(left_out), len(left_out) - 1)
+            _tell_left_out(left_out)
         for names in together:
-            hessian, cross = _moments(layer, dense_layer, names[0])
-            if not (hessian.diagonal().isfinite().all() and cross.isfinite().all()):
-                raise UserError(f"{pruned.checkpoint.folder}: the inputs of {names[0]} are not finite")
+            moments = _moments(layer, dense_layer, names[0])
+            if moments is None:
+                _tell_left_out(names)
+                continue
             for name in names:
+                hessian, cross = (added(*pair) for pair in zip(earlier.pop(name, (None, None)), moments, strict=True))
+                if not (hessian.diagonal().isfinite().all() and cross.isfinite().all()):
+                    raise UserError(f"{pruned.checkpoint.folder}: the inputs of {name} are not finite")
+                if name in layer.used_later:
+                    earlier[name] = hessian, cross
+                    continue
                 weight, dense_weight = layer.linears[name].weight, dense_layer.linears[name].weight
                 free = keep(name, weight.cpu()).to(weight.device)
                 weight.copy_(masked_least_squares(weight, free, hessian, dense_weight.float() @ cross, damping))
@@ -53,10 +63,20 @@ def refit_layers(
         yield layer
 
 
-def _moments(layer: LoadedLayer, dense_layer: LoadedLayer, name: str) -> tuple[Tensor, Tensor]:
-    """Of inputs x of a linear and z of it in the dense model, sums over all tokens of x'x and z'x, [in, in] each."""
+def _tell_left_out(names: Collection[str]) -> None:
+    # The dense model routes other tokens to its experts.
+    log.warning("%s and %d others are not given every token: not refitted", min(names), len(names) - 1)
+
+
+def _moments(layer: LoadedLayer, dense_layer: LoadedLayer, name: str) -> tuple[Tensor, Tensor] | None:
+    """Of inputs x of a linear and z of it in the dense model, sums over all tokens of x'x and z'x, [in, in] each; None
+    for an expert that is given all tokens of the first batch, but not of all."""
     hessian = cross = 0.0
-    for batch in range(len(layer.walk.batches)):
+    per_token = None
+    for batch, tokens in enumerate(layer.walk.batches):
         x, z = layer.inputs(name, batch), dense_layer.inputs(name, batch)
+        per_token = per_token or Fraction(len(x), tokens.numel())
+        if not len(x) == len(z) == per_token * tokens.numel():
+            return None
         hessian, cross = hessian + x.T @ x, cross + z.T @ x
     return hessian, cross

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..cli import progress
 from ..errors import UserError
 from ..models.checkpoint import load_tensors, save_tensors, waiting_beside, write_checkpoint
-from ..models.decoder import Decoder, LayerWalk, load_module
+from ..models.decoder import Decoder, load_module
+from ..models.layer_walk import LayerWalk
 from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 from ..plan.compressions import check_sliceable
 from .layerwise import LoadedLayer, visit

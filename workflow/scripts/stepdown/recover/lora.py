@@ -7,9 +7,11 @@ import peft
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check_target
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import save_tensors
 
@@ -58,7 +60,7 @@ def add_masked_adapter(
 
     Raises UserError for a target that matches none of the masked linears.
     """
-    targets = match_targets(list(keep_masks), targets)
+    targets = _without_refused(model, match_targets(list(keep_masks), targets))
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=peft.TaskType.CAUSAL_LM
     )
@@ -69,6 +71,23 @@ def add_masked_adapter(
             # get_peft_model has put the adapters into the model it was given.
             model.get_submodule(name).keep = keep_masks[name]
     return adapted
+
+
+def _without_refused(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """The targets without those that peft refuses: Mamba's kernels use their weights without calling them."""
+    kept = []
+    for name in targets:
+        try:
+            check_target(peft.LoraConfig(), model, name.rpartition(".")[2])
+            kept.append(name)
+        except ValueError:
+            pass
+    if left_out := len(targets) - len(kept):
+        first = next(name for name in targets if name not in kept)
+        log.warning("lora: %s and %d others get no adapter: their weights are used without calls", first, left_out - 1)
+    if not kept:
+        raise UserError("recovery: lora_targets: none of them can have an adapter; name others, or use method: full")
+    return kept
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:

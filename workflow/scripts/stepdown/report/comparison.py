@@ -114,7 +114,8 @@ def sizes_as_text(table: pd.DataFrame) -> str:
     table = table[table.bytes.notna()]
     sizes = [cells(name.removesuffix("_bytes"), table[name], "{:,}", math.inf) for name in SIZES]
     columns = [flush_left(table.index.to_series()), *sizes]
-    for kind in ("prefill", "decode"):
+    # A model that remembers nothing from token to token has no decode.
+    for kind in (kind for kind in ("prefill", "decode") if f"{kind}_tokens_per_second" in table):
         columns.append(cells(f"{kind} /s", table[f"{kind}_tokens_per_second"], "{:.1f}"))
         columns.append(cells("to dense", table[f"{kind}_to_dense"], "{:.2f}x"))
     return "size and speed, tokens/s\n" + "\n".join(aligned(columns).str.rstrip())
