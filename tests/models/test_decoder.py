@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from stepdown.errors import UserError
 from stepdown.measure.perplexity import perplexity, window_losses
-from stepdown.models.decoder import LayerWalk, choose_device, open_decoder
+from stepdown.models.decoder import choose_device, open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.calibration import squared_input_norms
 
 
@@ -179,9 +180,9 @@ def test_models_that_are_none_are_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "no_such_family"}))
     with pytest.raises(UserError, match="not a causal language model"):
         open_decoder(folder, "cpu")
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
     decoder = open_decoder(folder, "cpu")
-    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.3\."):
+    with pytest.raises(UserError, match=r"no tensor 'model\.layers\.5\."):
         squared_input_norms(decoder, torch.zeros(1, 8, dtype=torch.int64), 1)
 
 

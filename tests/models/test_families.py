@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from stepdown.cli import log
 from stepdown.files import INDEX_NAME
-from stepdown.models.checkpoint import Checkpoint
+from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.models.tier_maps import read_tier_map
 from stepdown.tensors.tiers import violations
 
@@ -103,7 +103,7 @@ def test_transformers_loads_what_was_measured(folder):
     assert perplexity["finetuned"] < perplexity["pruned"]
 
 
-def test_experts_stored_in_one_parameter_are_imported_one_by_one(tmp_path, monkeypatch):
+def test_experts_stored_in_one_parameter_are_read_and_written_one_by_one(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     source = make_model("mixtral", tmp_path / "source")
@@ -111,7 +111,27 @@ def test_experts_stored_in_one_parameter_are_imported_one_by_one(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint("fused").names
     run(monkeypatch, "base_model", model="fused", output_model="model", output_tier_map="map")
-    assert Checkpoint("model").content_hash() == Checkpoint("source").content_hash()
+    checkpoint, separate = Checkpoint("model"), Checkpoint("source")
+    for part, stored in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        matrix = checkpoint.matrix(f"model.layers.1.mlp.experts.2.{part}")
+        assert torch.equal(matrix, separate.matrix(f"model.layers.1.block_sparse_moe.experts.2.{stored}"))
+    assert checkpoint.content_hash() == Checkpoint("fused").content_hash()
+
+    def halve(tensors):
+        tensors.update({name: tensor / 2 for name, tensor in tensors.items() if ".experts.1.up_proj" in name})
+
+    rewrite_checkpoint(checkpoint, "halved", halve, checkpoint.identity())
+    before, after = (load_all(folder) for folder in ("fused", "halved"))
+    assert before.keys() == after.keys()
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    half = before[name].shape[1] // 2
+    assert torch.equal(after[name][1, half:], before[name][1, half:] / 2)
+    after[name][1, half:] *= 2
+    assert torch.equal(after[name], before[name])
+
+
+def load_all(folder):
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_weights_in_several_files_are_linked_and_their_index_is_our_own(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from stepdown.cli import log
 from stepdown.errors import UserError
-from stepdown.models.decoder import LayerWalk, build_empty, open_decoder
+from stepdown.models.decoder import build_empty, open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def base_model(folder, monkeypatch):
         ({"vocab_size": 5000}, "embed_tokens.weight [5000, 48], the weights hold [4096, 48]"),
         ({"num_key_value_heads": 4}, "k_proj.weight [48, 48], the weights hold [24, 48]"),
         ({"intermediate_size": 80}, "gate_proj.weight [80, 48], the weights hold [72, 48]"),
-        ({"num_hidden_layers": 4}, "no tensor for model.layers.3."),
+        ({"num_hidden_layers": 6}, "no tensor for model.layers.5."),
         ({"num_hidden_layers": 2}, "config.json has 2 layers, the weights also hold model.layers.2."),
     ],
     ids=str,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from stepdown.errors import UserError
 from stepdown.files import write_json
 from stepdown.measure.perplexity import perplexity
-from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.plan.compressions import Dynamic
 from stepdown.prune.activation_sparsity import BINS, FORMAT, Quantiles, _bins, calibrate_thresholds, switch_on
 
@@ -43,8 +44,8 @@ def test_the_share_is_met_over_each_layer_and_in_a_loaded_model(allocation, tmp_
     found = calibrate(folder, tmp_path / "thresholds.json", allocation)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     sizes = {name: model.get_submodule(name).weight.numel() for name in found}
-    assert len(found) == 21
-    for layer in range(3):
+    assert len(found) == 35
+    for layer in range(5):
         names = [name for name in found if f".{layer}." in name]
         for key, tolerance in (("target", 1e-6), ("achieved", 0.02)):
             share = sum(sizes[name] * found[name][key] for name in names) / sum(sizes[name] for name in names)

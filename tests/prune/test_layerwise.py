@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from families import VOCABULARY, make_model
+from families import LAYERS, VOCABULARY, make_model
 from transformers import AutoModelForCausalLM
 
-from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.layerwise import change_layers, visit, visit_backwards
 from stepdown.prune.statistics import accumulating, squared_column_sums
 
@@ -48,7 +49,7 @@ def test_each_layer_is_changed_by_what_those_changed_before_it_give(family, tmp_
         found |= layer.weights()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     linears = hooked_linears(model, walk.decoder)
-    layers = [list(group) for group in zip(*[iter(linears)] * (len(linears) // 3), strict=True)]
+    layers = [list(group) for group in zip(*[iter(linears)] * (len(linears) // LAYERS), strict=True)]
     for names in layers:
         with torch.no_grad(), accumulating({name: linears[name] for name in names}, squared_column_sums) as sums:
             model(TOKENS)
@@ -113,7 +114,7 @@ def test_gradients_of_outputs_are_those_of_the_whole_model(family, tmp_path):
         places.append(layer.place)
         assert all(parameter.grad is None for parameter in layer.module.parameters())
         assert in_memory(walk.decoder) == {str(layer.place)} or family != "llama"
-    assert places == [2, 1, 0]
+    assert places == [4, 3, 2, 1, 0]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with squared_output_gradients(hooked_linears(model, walk.decoder)) as expected:
         for batch in TOKENS.split(2):

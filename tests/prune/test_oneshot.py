@@ -144,11 +144,11 @@ def test_one_layer_in_memory_and_in_order(model):
         real = {name for name, parameter in decoder.model.named_parameters() if not parameter.is_meta}
         assert real and all(name.startswith(f"model.layers.{len(seen)}.") for name in real)
         seen.append(min(layer.weights()))
-    assert seen == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
+    assert seen == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(5)]
 
 
 def test_magnitude_needs_no_forward_pass(model, tmp_path, monkeypatch):
-    from stepdown.models.decoder import LayerWalk
+    from stepdown.models.layer_walk import LayerWalk
 
     monkeypatch.setattr(LayerWalk, "_replay", lambda *_: pytest.fail("a forward pass"))
     assert prune(model, "magnitude-2of4", tmp_path / "pruned")["sparsity"]["achieved"] == 0.5
@@ -196,7 +196,7 @@ def test_layers_of_owl_and_of_a_table(model, tmp_path):
     report = prune(model, "wanda-unstructured-0.5-table", tmp_path / "table", layers=table)
     for name, matrix in report["matrices"].items():
         assert matrix["target"] == matrix["achieved"], "whole weights of every row"
-        assert matrix["target"] == pytest.approx(0.25 if ".layers.0." in name else 0.625, abs=1 / 48)
+        assert matrix["target"] == pytest.approx(0.25 if ".layers.0." in name else 0.5625, abs=1.01 / 48)
     assert report["sparsity"]["target"] == 0.5
     assert report["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.002)
 
@@ -205,7 +205,7 @@ def test_ragged_groups_keep_their_share_and_it_is_said(model, tmp_path, monkeypa
     monkeypatch.setattr(logging.getLogger("stepdown"), "propagate", True)
     report = prune(model, "wanda-1of5", tmp_path / "pruned")
     assert caplog.messages == [
-        "wanda-1of5: 21 matrices, model.layers.0.self_attn.q_proj first, have inputs that are no multiple of 5;"
+        "wanda-1of5: 35 matrices, model.layers.0.self_attn.q_proj first, have inputs that are no multiple of 5;"
         " of a tail of r, ceil(r * 1 / 5) stay"
     ]
     assert report["matrices"]["model.layers.0.mlp.down_proj"]["achieved"] == 1 - 15 / 72

@@ -131,7 +131,7 @@ def test_transformers_loads_what_was_measured(family, name, tmp_path):
     assert size_of(target)["parameters"] == size_of(folder)["parameters"]
     for linear in decoder.linears():
         difference = decoder.checkpoint.matrix(linear) - open_checkpoint(folder).matrix(linear)
-        assert difference.abs().max() < 0.3, linear
+        assert difference.abs().max() < 0.35, linear
 
 
 def test_what_was_pruned_stays_zero_and_layers_see_those_before(tmp_path):

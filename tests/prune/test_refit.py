@@ -8,7 +8,8 @@ from families import make_model
 
 from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
-from stepdown.models.decoder import LayerWalk, open_decoder
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.refit import refit_layers
 from stepdown.tensors.masks import keep_n_of_m
 

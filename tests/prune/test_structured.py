@@ -13,7 +13,8 @@ from stepdown.errors import UserError
 from stepdown.measure.perplexity import perplexity
 from stepdown.measure.sizes import remaining, size_of
 from stepdown.models.checkpoint import Checkpoint
-from stepdown.models.decoder import LayerWalk, load_whole, open_decoder
+from stepdown.models.decoder import load_whole, open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.plan.compressions import REMOVALS, check_step, parse_step
 from stepdown.prune.layer_removal import block_influence, choose_layers, taylor_importance, write_without_layers
 from stepdown.prune.slicing import principal_directions, slice_checkpoint, sliced_width
@@ -89,7 +90,7 @@ def test_a_sliced_model_is_smaller_and_loads_again(family, changes, tmp_path):
 
 def test_parameters_are_those_of_the_narrower_matrices(tmp_path):
     folder = make_model("llama_tied", tmp_path / "model")
-    width, layers = 32, 3
+    width, layers = 32, 5
     read = (48 + 24 + 24) + 2 * 72  # q, k, v of two heads of keys and values; gate and up
     written = 48 + 72
     expected = layers * (width * (read + written) + 2 * width**2) + VOCABULARY * width + width**2
@@ -139,7 +140,7 @@ def test_post_norm_opt_cannot_be_rotated(tmp_path):
 
 
 def test_layers_go_in_the_order_of_their_influence(tmp_path):
-    folder = make_model("llama", tmp_path / "model", num_hidden_layers=5)
+    folder = make_model("llama", tmp_path / "model")
     states = list(load(folder)(TOKENS, output_hidden_states=True).hidden_states)
     # The last of these has been through the final norm already.
     walk = LayerWalk(open_decoder(folder, "cpu"), [TOKENS])
@@ -174,10 +175,10 @@ def test_every_way_of_choosing_removes_as_many_as_asked(removal, tmp_path):
     folder = make_model("llama", tmp_path / "model")
     removed, scores = choose_layers(open_decoder(folder, "cpu"), TOKENS, 3, 2, removal)
     assert len(set(removed)) == 2 and removed == sorted(removed)
-    assert len(scores) == (2 if removal == "angular" else 3)
+    assert len(scores) == (4 if removal == "angular" else 5)
     if removal == "perplexity":
         decoder = open_decoder(folder, "cpu")
-        assert scores == [perplexity(decoder, TOKENS, 3, without={number}) for number in range(3)]
+        assert scores == [perplexity(decoder, TOKENS, 3, without={number}) for number in range(5)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,7 +188,7 @@ def test_a_shorter_checkpoint_is_a_model_without_these_layers(family, removed, t
     decoder = open_decoder(folder, "cpu")
     write_without_layers(decoder, removed, tmp_path / "shorter", IDENTITY)
     model = load(tmp_path / "shorter")
-    assert model.config.num_hidden_layers == 3 - len(removed)
+    assert model.config.num_hidden_layers == 5 - len(removed)
     types = getattr(model.config, "layer_types", None)
     if types:
         original = decoder.model.config.layer_types
@@ -222,7 +223,7 @@ def test_layers_of_different_kinds_are_renumbered_with_their_lists_or_not_at_all
         ("structured/slicegpt--0.1", "found '-0.1'"),
         ("structured/slicegpt", "found 'no share'"),
         ("structured/shortgpt-0", "removes 0 layers"),
-        ("structured/shortgpt-3", "has 3 layers; remove at most 2"),
+        ("structured/shortgpt-5", "has 5 layers; remove at most 4"),
         ("structured/llmpruner-1", "unknown method 'llmpruner'"),
         ("structured/slicegpt-0.25/iter0", "starts from the base model"),
         ("quantised/gptq3/iter0", "3 bits are not offered; write 4 or 8"),

@@ -455,6 +455,15 @@ def compare(folder, files, *arguments):
     return subprocess.run([str(word) for word in [*command, *outputs, *arguments]], capture_output=True, text=True)
 
 
+def test_a_model_without_memory_is_measured_without_decoding(compared, tmp_path):
+    sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000, "packed_bytes": None}
+    speed = {"tokens_per_second": {"prefill": 90}, "dense_tokens_per_second": {"prefill": 90}}
+    write(tmp_path / "measurements.json", {"steps": {"iter0": sizes | speed}})
+    finished = compare(tmp_path, compared, "--measurements", tmp_path / "measurements.json")
+    assert finished.returncode == 0, finished.stderr
+    assert "prefill /s" in finished.stdout and "decode" not in finished.stdout
+
+
 def test_all_runs_are_compared(compared, tmp_path):
     tasks = {"step": "oneshot/wanda-2of4", "tasks": {"arc": {"acc": 0.25}}}
     write(tmp_path / "zero_shot.json", tasks)

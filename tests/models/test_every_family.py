@@ -1,0 +1,206 @@
+"""Every family that `AutoModelForCausalLM` knows, tiny: walked, calibrated, pruned and refitted as transformers has it.
+
+A family either does all of that, or is refused in one line, by whatever looks at it first.
+"""
+
+import runpy
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_configurations import VOCABULARY, tiny_configuration
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from stepdown.errors import UserError
+from stepdown.models.checkpoint import Checkpoint, rewriting_layers
+from stepdown.models.decoder import open_decoder
+from stepdown.models.layer_walk import LayerWalk
+from stepdown.plan.runs import parse_run
+from stepdown.prune.calibration import squared_input_norms
+from stepdown.prune.layer_sparsity import LayerOptions
+from stepdown.prune.oneshot import prune_checkpoint
+from stepdown.prune.refit import refit_layers
+from stepdown.tensors.patterns import TierOptions
+
+ROOT = Path(__file__).parents[2]
+# What transformers itself does not build small, or without packages that are not among ours.
+NOT_BUILT = {
+    "blt": "several models in one, of sizes that depend on each other",
+    "dots3_note": "a configuration per layer, of a number of layers",
+    "gemma3n": "its vision tower is one of timm",
+    "gemma4_assistant": "drafts for another model, whose states it is given",
+    "gemma4_unified_assistant": "drafts for another model, whose states it is given",
+    "musicgen": "text to sound: the auto class does not build it",
+    "musicgen_melody": "text to sound: the auto class does not build it",
+    "xlstm": "sizes that depend on each other",
+}
+REFUSED = {
+    "emu3": "not a causal language model that transformers can build",
+    "hrm_text": "calls its 5 layers 30 times, not one after another",
+    "mllama": "not a causal language model that transformers can build",
+    "xlm": "changes hidden states between its layers 0 and 1",
+}
+# One of each kind: layers that return bare states, tuples, lists, more than states; experts one by one, in one tensor,
+# transposed, without a gate; a shared block; what is computed while loading; a state instead of keys; a vision tower.
+SAMPLE = (
+    *("mistral", "falcon", "openai-gpt", "glm_moe_dsa", "gpt_oss", "nemotron_h", "granitemoe", "zamba2"),
+    *("kimi_linear", "dbrx", "mamba", "gemma3", "llama4", "hrm_text"),
+)
+FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - NOT_BUILT.keys())
+TOKENS = torch.randint(2, VOCABULARY - 8, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_a_family_of_each_kind_is_what_transformers_has(family, tmp_path):
+    check(family, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SAMPLE])
+def test_every_family_is_what_transformers_has(family, tmp_path):
+    check(family, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(NOT_BUILT))
+def test_what_is_not_built_still_is_not(family, tmp_path):
+    with pytest.raises(Exception):  # noqa: B017 (anything that transformers raises)
+        build(family, tmp_path)
+
+
+def check(family, folder):
+    source = build(family, folder / "source")
+    if family in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[family]):
+            squared_input_norms(open_decoder(imported(source, folder), "cpu"), TOKENS, 2)
+        return
+    model = load(source)
+    source = imported(source, folder)
+    decoder = open_decoder(source, "cpu")
+    assert_logits(source, model)
+    assert_norms(decoder, model)
+    report = prune_checkpoint(
+        *(decoder, parse_run("wanda-unstructured-0.5", ["wanda"]), TOKENS, 2, folder / "pruned"),
+        *(TierOptions(), LayerOptions()),
+    )
+    pruned = load(folder / "pruned")
+    assert_only_zeros_are_new(model, pruned, sum(matrix["zeros"] for matrix in report["matrices"].values()))
+    assert_logits(folder / "pruned", pruned)
+    refit(source, folder)
+    assert_logits(folder / "refitted", load(folder / "refitted"))
+    matrices = Checkpoint(folder / "pruned"), Checkpoint(folder / "refitted")
+    for name in report["matrices"]:
+        before, after = (checkpoint.matrix(name) for checkpoint in matrices)
+        assert not after[before == 0].any() and after.isfinite().all(), name
+
+
+def build(family, folder):
+    """A random model of the family, saved as transformers saves it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(tiny_configuration(family)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.1)
+        model(input_ids=TOKENS[:1], use_cache=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=None).eval()
+
+
+def imported(source, folder):
+    """The folder as base_model.py leaves it."""
+    script = runpy.run_path(str(ROOT / "workflow/scripts/base_model.py"))
+    outputs = {"output_model": folder / "model", "output_tier_map": folder / "map.safetensors"}
+    options = {"revision": None, "trust_remote_code": False, "block_size": 16, "k": 10}
+    script["main"](Namespace(model=str(source), **options, **outputs))
+    return folder / "model"
+
+
+@torch.no_grad()
+def assert_logits(folder, model):
+    walk = LayerWalk(open_decoder(folder, "cpu"), TOKENS.split(2))
+    for _, _, replay in walk.layers(None):
+        replay()
+    for batch, logits in zip(TOKENS.split(2), walk.logits(), strict=True):
+        torch.testing.assert_close(logits, model(input_ids=batch, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def assert_norms(decoder, model):
+    sums, handles = {}, []
+
+    def add(name, inputs):
+        if stored := decoder.stored.get(f"{name}.weight"):
+            stored = stored.removesuffix(".weight")
+            sums[stored] = sums.get(stored, 0) + inputs.double().square().flatten(0, -2).sum(0)
+
+    def hook(name):
+        return lambda _, inputs: add(name, inputs[0])
+
+    def hook_experts(name):
+        def see(experts, arguments, keywords):
+            for part, inputs in routed(experts, *arguments, **keywords):
+                add(f"{name}.{part}", inputs)
+
+        return see
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            handles.append(module.register_forward_pre_hook(hook(name)))
+        elif hasattr(module, "is_concatenated"):
+            handles.append(module.register_forward_pre_hook(hook_experts(name), with_kwargs=True))
+    for batch in TOKENS.split(2):
+        model(input_ids=batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    norms = squared_input_norms(decoder, TOKENS, batch_size=2)
+    assert norms.keys() == decoder.linears().keys() and sums.keys() & norms.keys()
+    for name, norm in norms.items():
+        expected = sums[name] / len(TOKENS) if name in sums else torch.ones(len(norm))
+        torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=1e-7, msg=name)
+
+
+def routed(experts, hidden_states, top_k_index, top_k_weights):
+    """What each linear of fused experts is given: its name within the experts -> inputs [tokens, in]."""
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    for number in range(len(up)):
+        seen = hidden_states[torch.where(top_k_index == number)[0]]
+        if not len(seen):
+            continue
+        product = seen @ (up[number] if experts.is_transposed else up[number].T)
+        if experts.has_bias:
+            product = product + experts.gate_up_proj_bias[number]
+        yield from ((f"{number}.{part}", seen) for part in ("gate_proj", "up_proj"))
+        yield f"{number}.down_proj", (experts._apply_gate if experts.has_gate else experts.act_fn)(product)
+
+
+def assert_only_zeros_are_new(before, after, expected):
+    """Wherever weights differ, pruned ones are zero; as many of them as expected, shared ones counted once."""
+    gone = 0
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        changed = new != old
+        assert not new[changed].any(), name
+        gone += int((changed | ((old == 0) & (old.dim() > 1))).sum())
+    assert gone == expected
+
+
+def refit(source, folder):
+    pruned, dense = (open_decoder(path, "cpu") for path in (folder / "pruned", source))
+    settings = (lambda _, weight: weight != 0), TOKENS, 2, 0.01
+    with rewriting_layers(pruned.checkpoint, folder / "refitted", pruned.checkpoint.identity()) as write:
+        for layer in refit_layers(dense, pruned, *settings):
+            write(layer.weights())
