@@ -39,9 +39,9 @@ NOT_BUILT = {
     "xlstm": "sizes that depend on each other",
 }
 REFUSED = {
-    "emu3": "not a causal language model that transformers can build",
+    "emu3": "not a causal language model that transformers can load",
     "hrm_text": "calls its 5 layers 30 times, not one after another",
-    "mllama": "not a causal language model that transformers can build",
+    "mllama": "not a causal language model that transformers can load",
     "xlm": "changes hidden states between its layers 0 and 1",
 }
 # One of each kind: layers that return bare states, tuples, lists, more than states; experts one by one, in one tensor,
