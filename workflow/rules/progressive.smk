@@ -82,15 +82,17 @@ rule score:
     resources:
         mem_mb=memory(8000),
         runtime=minutes(60),
+        gpu=GPUS,
     params:
         script=SCRIPTS / "score.py",
         code=code_hash("score.py"),
         folder=folder_of("model"),
+        device=config["device"],
     message:
         "{wildcards.step}: what every block is worth"
     shell:
         "python {params.script:q} --model {params.folder:q} --calibration {input.calibration:q}"
-        " --tier-map {input.tier_map:q} --output {output:q} --log {log:q}"
+        " --device {params.device:q} --tier-map {input.tier_map:q} --output {output:q} --log {log:q}"
 
 
 rule degrade_dense_to_2_4:
@@ -146,18 +148,20 @@ rule degrade_2_4_to_topk:
     resources:
         mem_mb=memory(8000),
         runtime=minutes(60),
+        gpu=GPUS,
     params:
         script=SCRIPTS / "degrade_2_4_to_topk.py",
         code=code_hash("degrade_2_4_to_topk.py"),
         folder=folder_of("model"),
         selection=config["pruning"]["selection"],
         pruned=subpath(output.model, parent=True),
+        device=config["device"],
     message:
         "{wildcards.step}: 2:4 blocks down to TopK, and the pruned model"
     shell:
         "python {params.script:q} --model {params.folder:q} --calibration {input.calibration:q}"
         " --tier-map-before {input.before:q} --tier-map {input.tier_map:q} --selection {params.selection:q}"
-        " --output-tier-map {output.tier_map:q} --output-model {params.pruned:q} --log {log:q}"
+        " --device {params.device:q} --output-tier-map {output.tier_map:q} --output-model {params.pruned:q} --log {log:q}"
 
 
 rule refit:

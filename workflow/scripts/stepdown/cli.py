@@ -43,8 +43,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    """Where a model runs, and whether its own code does."""
+    add_device_argument(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
 
 
 def add_hidden_states_argument(parser: argparse.ArgumentParser) -> None:
