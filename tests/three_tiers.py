@@ -44,7 +44,7 @@ def random_three_tier(
 
 def prune_blocks_(weight: Tensor, tiers: Tensor, k: int) -> None:
     """Prune a weight [out, in] by magnitude as its tiers say, in place."""
-    norms = torch.ones(weight.shape[1])
+    norms = torch.ones(weight.shape[1], device=weight.device)
     prune_two_four_(weight, norms, tiers == Tier.TWO_FOUR, 16)
     prune_top_k_(weight, norms, tiers == Tier.TOP_K, 16, k)
 

@@ -73,10 +73,11 @@ def step_down_all(decoder, norms: dict, device: torch.device) -> None:
 
 def prune(decoder, run_name: str, windows: torch.Tensor, batch: int) -> None:
     parsed = parse_run(run_name, method_names())
-    prune_layers(
+    for layer in prune_layers(
         decoder, windows, batch, parsed.method,
-        lambda _, weight: pattern_of(parsed, parsed.sparsity, TierOptions(), weight), lambda weights: None,
-    )  # fmt: skip
+        lambda _, weight: pattern_of(parsed, parsed.sparsity, TierOptions(), weight),
+    ):  # fmt: skip
+        layer.weights()
 
 
 def table(found: dict) -> list[str]:

@@ -191,3 +191,6 @@ def test_a_gpu_that_is_not_there_is_named():
     assert choose_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no GPU"):
         choose_device("cuda")
+    for name in ("cuda:1", "gpu"):
+        with pytest.raises(UserError, match=f"'{name}': give one of auto, cpu, cuda"):
+            choose_device(name)

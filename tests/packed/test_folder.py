@@ -64,7 +64,7 @@ def test_size(bundled):
 def models(bundled):
     """The model as packed, and as transformers loads it from its checkpoint."""
     folder = bundled[0]
-    return stepdown.load_packed(folder / "packed"), AutoModelForCausalLM.from_pretrained(folder / "model")
+    return stepdown.load_packed(folder / "packed", device="cpu"), AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
 def test_every_linear_runs_packed(bundled, models):
@@ -105,7 +105,7 @@ def test_generates_what_the_checkpoint_generates(models):
 @torch.no_grad()
 def test_torch_computes_what_the_checkpoint_computes(bundled, models):
     tokens = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(load_packed(bundled[0] / "packed", "torch")(tokens).logits, models[1](tokens).logits)
+    assert torch.equal(load_packed(bundled[0] / "packed", "torch", "cpu")(tokens).logits, models[1](tokens).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -40,6 +40,18 @@ def test_masks_only_grow_and_end_as_the_pattern_says(seed, pattern):
     assert torch.equal(keep, final)
 
 
+def test_the_seed_is_that_of_dropout_too(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model("gpt2", tmp_path / "model", resid_pdrop=0.5)
+    settings, losses = GradualSettings(batch_size=16, learning_rate=1e-3), []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        losses.append(prune_while_training(model, TOKENS, [], lambda name, weight: (weight, weight), settings))
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("pattern", [n_of_m(2, 4), unstructured(Fraction(1, 2))])
 def test_training_ends_with_the_exact_sparsity(pattern, tmp_path):
     from transformers import AutoModelForCausalLM

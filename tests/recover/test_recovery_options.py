@@ -93,7 +93,7 @@ def test_accumulating_distills_as_one_batch_does(tmp_path):
 
 
 def test_a_teacher_is_held_in_half_the_memory(pruned):  # noqa: F811
-    teacher = load_teacher(pruned / "pruned_model", "cpu")
+    teacher = load_teacher(pruned / "pruned_model")
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 

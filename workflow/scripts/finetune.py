@@ -81,7 +81,7 @@ def _finetune(
     masks = _keep_masks(model, step, stored)
     teacher = None
     if settings.distill_weight > 0:
-        teacher = load_teacher(arguments.teacher, device, arguments.trust_remote_code)
+        teacher = load_teacher(arguments.teacher, arguments.trust_remote_code)
     recovery = recover(
         model,
         masks,

@@ -22,6 +22,8 @@ from .quantised_checkpoint import open_checkpoint
 from .sliced import as_sliced_, read_width
 from .stored_names import find_names
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 @dataclass
 class Decoder:
@@ -226,11 +228,13 @@ def find_layers(model: nn.Module) -> str:
 
 def choose_device(device: str, count: int = 1) -> torch.device:
     """`auto` is a GPU where there is one; of several it is one that no other job has, or `count` of them."""
+    if device not in DEVICES:
+        raise UserError(f"device {device!r}: give one of {', '.join(DEVICES)}; CUDA_VISIBLE_DEVICES says which GPUs")
     if device != "cpu":
         claim_gpus(count)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: torch sees no GPU here; use 'auto' or 'cpu'")
     return torch.device(device)
 

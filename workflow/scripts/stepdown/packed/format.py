@@ -69,9 +69,10 @@ def packed_bytes(tiers: Tensor, k: int, value_bytes: int = 2) -> int:
 def pack(weight: Tensor, tiers: Tensor, k: int) -> PackedMatrix:
     """Pack a weight [out, in] of any floating type whose zeros are as its tiers, uint8 [block rows, block cols], say.
 
-    Raises `ValueError` when a block holds more weights than its tier has room for.
+    The parts lie on the weight's device. Raises `ValueError` when a block holds more weights than its tier has room
+    for.
     """
-    padded = pad_to_blocks(weight, BLOCK_SIZE)
+    padded, tiers = pad_to_blocks(weight, BLOCK_SIZE), tiers.to(weight.device, copy=True)
 
     def packed(tier: Tier, pack_blocks: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`pack_blocks` over all blocks of a tier, a few at a time."""
@@ -81,7 +82,7 @@ def pack(weight: Tensor, tiers: Tensor, k: int) -> PackedMatrix:
 
     matrix = PackedMatrix(
         tuple(weight.shape),
-        tiers.clone(),
+        tiers,
         *packed(Tier.DENSE, _pack_dense),
         *packed(Tier.TWO_FOUR, _pack_two_four),
         *packed(Tier.TOP_K, lambda blocks: _pack_top_k(blocks, k)),
@@ -146,9 +147,9 @@ def _pack_dense(blocks: Tensor) -> tuple[Tensor]:
 def _pack_two_four(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """[n, 16, 16] -> values [n, 4, 16, 2] and positions uint8 [n, 4, 8]."""
     groups = blocks.unflatten(2, (4, 4)).transpose(1, 2)
-    code = ((groups != 0) * torch.tensor([1, 2, 4, 8])).sum(-1)
-    columns = KEPT_PAIRS[code]
-    shifts = torch.tensor([[0, 2], [4, 6]])
+    code = ((groups != 0) * torch.tensor([1, 2, 4, 8], device=groups.device)).sum(-1)
+    columns = KEPT_PAIRS.to(code.device)[code]
+    shifts = torch.tensor([[0, 2], [4, 6]], device=columns.device)
     positions = (columns.unflatten(2, (8, 2)) << shifts).sum((-1, -2)).to(torch.uint8)
     return groups.gather(-1, columns), positions
 
@@ -169,7 +170,7 @@ def _unpack_two_four(values: Tensor, positions: Tensor) -> Tensor:
 def _pack_top_k(blocks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[n, 16, 16] -> values [n, k] and positions uint8 [n, k]; a block of fewer weights names its first zeros too."""
     entries = blocks.transpose(1, 2).flatten(1)
-    kept = keep_top_k((entries != 0).float(), torch.full([len(entries)], k))
+    kept = keep_top_k((entries != 0).float(), torch.full([len(entries)], k, device=entries.device))
     positions = kept.nonzero()[:, 1].view(-1, k)
     return entries.gather(1, positions), positions.to(torch.uint8)
 

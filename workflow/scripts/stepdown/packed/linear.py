@@ -53,7 +53,7 @@ class ThreeTierLinear(nn.Module):
 
 def dense_linear(weight: Tensor, bias: Tensor | None, kernel: str) -> ThreeTierLinear:
     """What the kernels make of an ordinary matrix [out, in]: every block Dense."""
-    tiers = torch.zeros(grid_shape(tuple(weight.shape), BLOCK_SIZE), dtype=torch.uint8)
+    tiers = torch.zeros(grid_shape(tuple(weight.shape), BLOCK_SIZE), dtype=torch.uint8, device=weight.device)
     return ThreeTierLinear(pack(weight, tiers, k=1), bias, kernel)
 
 

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..models.decoder import build_empty, choose_device, types_of
 from ..models.linears import as_linears_, replace_module
 from ..models.stored_names import stored_names
+from .cpu import INSTRUCTIONS
 from .folder import checkpoint_names, read_index, read_shard
 from .format import PackedMatrix
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
@@ -27,9 +28,9 @@ def load_packed(
 ) -> "CausalLanguageModel":
     """The Hugging Face model of a packed folder, in bf16 and ready to run, its linears `ThreeTierLinear`.
 
-    kernel: `auto` (the log says which it came to), `avx512`, `avx2`, `triton`, or `torch` (unpacked weights). The head
-    runs on the same kernel. Raises `UserError` for a folder that is not whole, of a later version, or changed since it
-    was written; all is checked before anything is computed.
+    kernel: `auto` (the log says which it came to), `avx512`, `avx2`, `triton`, or `torch` (unpacked weights). On a CPU
+    the head runs on the same kernel. Raises `UserError` for a folder that is not whole, of a later version, or changed
+    since it was written; all is checked before anything is computed.
     """
     folder, place = Path(folder), choose_device(device)
     index = read_index(folder)
@@ -74,8 +75,8 @@ def _load_shard(
 
 
 def _pack_head(model: nn.Module, kernel: str) -> None:
-    """The head is Dense, and runs on the kernels as such; where torch computes it stays what it is."""
+    """The head is Dense, and runs on the CPU's kernels as such; torch, and a GPU, have a product of their own."""
     head = model.get_output_embeddings()
-    if kernel != "torch" and isinstance(head, nn.Linear):
+    if kernel in INSTRUCTIONS and isinstance(head, nn.Linear):
         name = next(name for name, module in model.named_modules() if module is head)
         replace_module(model, name, dense_linear(head.weight, head.bias, kernel))

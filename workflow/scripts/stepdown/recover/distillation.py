@@ -41,10 +41,13 @@ class Distillation:
         return loss
 
 
-def load_teacher(folder: Path, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a folder to learn from: in bfloat16, half a float32 model's memory, and without gradients."""
+def load_teacher(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a folder to learn from: in bfloat16, half a float32 model's memory, and without gradients.
+
+    It is on the CPU: only the process that trains knows which GPU is its own.
+    """
     teacher = load_model(folder, torch.bfloat16, trust_remote_code)
-    return teacher.to(device).eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

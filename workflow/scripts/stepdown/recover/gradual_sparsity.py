@@ -129,6 +129,7 @@ def prune_while_training(
     names: of the linears that are pruned; keep_of: (name, weight [out, in]) -> its saliency and the mask of the end.
     Raises `UserError` when the loss is not finite.
     """
+    torch.manual_seed(settings.seed)  # Of dropout.
     weights = {name: model.get_submodule(name).weight for name in names}
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     batches = windows[order].split(settings.batch_size)

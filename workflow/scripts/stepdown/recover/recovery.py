@@ -168,6 +168,8 @@ def recover(
     if settings.sharded:
         for each in filter(None, (model, teacher)):
             shard_(each, training.device.type)
+    elif teacher is not None:
+        teacher.to(training.device)
     trainer = (_ShardedTrainer if settings.sharded else _MaskedTrainer)(
         # An adapter's own mask does all there is to do.
         {} if settings.method == "lora" else keep_masks,
@@ -297,7 +299,7 @@ class _MaskedTrainer(Trainer):
 
     def load_optimizer(self, checkpoint: Path) -> None:
         """The optimizer as a checkpoint has it."""
-        self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
 
     def _mask_gradients(self) -> None:
         for weight, keep in self._masked:
@@ -340,7 +342,8 @@ class _ShardedTrainer(_MaskedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.load_optimizer(Path(checkpoint))
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+            state = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True, map_location="cpu")
+            self.lr_scheduler.load_state_dict(state)
 
 
 class _FiniteLoss(TrainerCallback):
@@ -412,8 +415,9 @@ def _training_arguments(settings: RecoverySettings, state: Path, device: str) ->
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=LEARNING_RATE_SCHEDULES[settings.learning_rate_schedule],
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        # By their older names, which every transformers 5 knows.
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=settings.bf16,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and settings.processes > 1 else None,

@@ -11,10 +11,10 @@ def grid_shape(shape: tuple[int, int], block_size: int) -> tuple[int, int]:
     return -(-rows // block_size), -(-columns // block_size)
 
 
-def entries_per_block(shape: tuple[int, int], block_size: int) -> Tensor:
+def entries_per_block(shape: tuple[int, int], block_size: int, device: torch.device | None = None) -> Tensor:
     """Real entries of each block, int64 [block rows, block cols]: block_size**2 but at ragged edges."""
     heights, widths = (
-        (length - block_size * torch.arange(count)).clamp(max=block_size)
+        (length - block_size * torch.arange(count, device=device)).clamp(max=block_size)
         for length, count in zip(shape, grid_shape(shape, block_size), strict=True)
     )
     return heights[:, None] * widths[None, :]
@@ -54,7 +54,7 @@ def _block_rows(matrix: Tensor, block_size: int) -> Tensor:
 
 def _rows_of(index: Tensor, matrix: Tensor, block_size: int) -> Tensor:
     """Where the rows of the blocks at `index` stand in `_block_rows`, int64 [n * b]."""
-    rows = index[:, :1] * block_size + torch.arange(block_size)
+    rows = index[:, :1] * block_size + torch.arange(block_size, device=index.device)
     return (rows * (matrix.shape[1] // block_size) + index[:, 1:]).view(-1)
 
 

@@ -70,7 +70,7 @@ def n_of_m(n: int, m: int) -> Pattern:
     def fault(weight: Tensor) -> str:
         length = weight.shape[1]
         groups = pad(weight != 0, (0, -length % m)).unflatten(1, (-1, m)).sum(-1, dtype=torch.int16)
-        allowed = torch.full(groups.shape[1:], n, dtype=torch.int16)
+        allowed = torch.full_like(groups[0], n)
         allowed[length // m :] = -(-(length % m) * n // m)
         crowded = int((groups > allowed).sum())
         return f"{crowded} groups keep more than {n} of {m}" if crowded else ""
@@ -230,7 +230,7 @@ def _fault_of_tiers(shares: Sequence, block_size: int, k: int) -> Callable[[Tens
         parts = weight.split(_whole_blocks(block_size), dim=1)
         blocks = [entries_per_block(tuple(part.shape), block_size).numel() for part in parts]
         for tier, share in zip(Tier, exact_shares(shares), strict=True):
-            everywhere = torch.full_like(entries_per_block(tuple(weight.shape), block_size), tier)
+            everywhere = torch.full_like(entries_per_block(tuple(weight.shape), block_size, weight.device), tier)
             found = sum(blocks) - violations(weight, everywhere, block_size, k)
             if words := _too_few(found, sum(int(share * count) for count in blocks), f"blocks on the tier {tier.name}"):
                 return words

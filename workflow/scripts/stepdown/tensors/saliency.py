@@ -33,10 +33,10 @@ def block_scores(weight: Tensor, squared_norms: Tensor, block_size: int) -> Tens
     strip = block_size * max(1, STRIP_ENTRIES // (block_size * len(norms)))
     sums = []
     # One buffer for all strips: a new one each time would cost more than the arithmetic.
-    buffer = torch.empty(min(strip, weight.shape[0]), weight.shape[1])
+    buffer = weight.new_empty(min(strip, weight.shape[0]), weight.shape[1], dtype=torch.float32)
     for rows in weight.split(strip):
         absolute = torch.abs(rows.float(), out=buffer[: len(rows)])
         # The metric factors: sum_ij |w_ij| n_j = sum_j n_j sum_i |w_ij|, so the full metric is never written out.
         column_sums = pad_to_blocks(absolute, block_size).unflatten(0, (-1, block_size)).sum(1)
         sums.append((column_sums * norms).unflatten(1, (-1, block_size)).sum(-1))
-    return torch.cat(sums) / entries_per_block(tuple(weight.shape), block_size)
+    return torch.cat(sums) / entries_per_block(tuple(weight.shape), block_size, weight.device)

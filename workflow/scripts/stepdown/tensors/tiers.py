@@ -59,7 +59,7 @@ def step_down(tier_map: Tensor, scores: Tensor, tier: Tier, count: int) -> Tenso
     """
     stepped = tier_map.clone()
     if count > 0:
-        lowest = keep_top_k(-scores[None], torch.tensor([count]))[0]
+        lowest = keep_top_k(-scores[None], torch.tensor([count], device=scores.device))[0]
         stepped[stepped == tier] += lowest.to(torch.uint8)
     return stepped
 
@@ -150,7 +150,7 @@ def _prune_blocks_(
     ragged = padded is not weight
     # A dead input's norm is lifted off zero: its weights rank below all others, but above what is pruned already.
     norms = pad_columns(squared_norms.sqrt().clamp(min=DEAD_NORM), block_size).view(-1, 1, block_size)
-    entries = entries_per_block(tuple(weight.shape), block_size)[chosen]
+    entries = entries_per_block(tuple(weight.shape), block_size, weight.device)[chosen]
     for index, real in zip(chosen.nonzero().split(BLOCKS_AT_ONCE), entries.split(BLOCKS_AT_ONCE), strict=True):
         blocks = gather_blocks(padded, index, block_size)
         metric = magnitude(blocks)
@@ -167,7 +167,7 @@ def _prune_blocks_(
 
 def _inside(index: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
     """Which entries of the blocks at `index` lie inside a matrix of `shape`: bool [n, b, b]."""
-    offsets = torch.arange(block_size)
+    offsets = torch.arange(block_size, device=index.device)
     rows, columns = (index[:, axis, None] * block_size + offsets < shape[axis] for axis in (0, 1))
     return rows[:, :, None] & columns[:, None, :]
 
@@ -180,9 +180,9 @@ def violations(weight: Tensor, tier_map: Tensor, block_size: int, k: int) -> int
     shape = tuple(weight.shape)
     present = pad_to_blocks((weight != 0).to(torch.uint8), block_size).unflatten(0, (-1, block_size))
     groups = present.unflatten(2, (-1, 4)).sum(-1, dtype=torch.uint8)
-    widths = pad_columns(torch.ones(shape[1], dtype=torch.uint8), block_size).view(-1, 4).sum(-1)
+    widths = pad_columns(present.new_ones(shape[1]), block_size).view(-1, 4).sum(-1)
     crowded = (groups > (widths + 1) // 2).any(1).unflatten(1, (-1, block_size // 4)).any(-1)
     counts = groups.sum(1).unflatten(1, (-1, block_size // 4)).sum(-1)
-    overfull = counts > kept_entries(entries_per_block(shape, block_size), block_size, k)
+    overfull = counts > kept_entries(entries_per_block(shape, block_size, weight.device), block_size, k)
     broken = ((tier_map == Tier.TWO_FOUR) & crowded) | ((tier_map == Tier.TOP_K) & overfull)
     return int(broken.sum())
