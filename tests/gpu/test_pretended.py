@@ -45,7 +45,7 @@ def test_every_script_on_a_pretended_gpu(tmp_path):
 def test_a_section_that_fails_does_not_end_the_others(tmp_path):
     """`scripts` needs the bundled model; here its scripts are hidden from it."""
     code = (
-        "import sys, pathlib, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0])\n"
+        "import sys, pathlib, runpy; sys.argv = sys.argv[1:]; sys.path[:0] = [sys.argv[0], '../workflow/scripts']\n"
         "import scripts; scripts.SCRIPTS = pathlib.Path('nowhere')\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
