@@ -6,7 +6,8 @@ from families import make_model
 from three_tiers import random_three_tier
 
 from stepdown.models.checkpoint import Checkpoint
-from stepdown.models.decoder import LayerWalk, load_whole, open_decoder
+from stepdown.models.decoder import load_whole, open_decoder
+from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.tier_maps import dense_tier_map
 from stepdown.packed.folder import write_packed
 from stepdown.packed.format import pack, unpack
