@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.saliency import block_scores
-from stepdown.tensors.tiers import degrade_dense_to_two_four, degrade_two_four_to_top_k_
+from stepdown.tensors.tiers import (
+    Tier,
+    degrade_dense_to_two_four,
+    degrade_two_four_to_top_k,
+    prune_top_k_,
+    prune_two_four_,
+)
 
 ROWS = [("0.90", "0.10", "0.00"), ("0.80", "0.10", "0.10")]
 BLOCK_SIZE, K = 16, 10
@@ -33,8 +39,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 def degrade(weight: torch.Tensor, norms: torch.Tensor, tiers: torch.Tensor, row: tuple[str, str, str]) -> torch.Tensor:
     """Score and both stages; returns the new tier map, prunes `weight` in place."""
-    stage_1 = degrade_dense_to_two_four(tiers, block_scores(weight, norms, BLOCK_SIZE), row)
-    return degrade_two_four_to_top_k_(weight, norms, tiers, stage_1, row, BLOCK_SIZE, K)
+    dense = block_scores(weight, norms, BLOCK_SIZE)[tiers == Tier.DENSE]
+    stage_1 = degrade_dense_to_two_four({"": tiers}, {"": dense}, row)[""]
+    prune_two_four_(weight, norms, stage_1 != tiers, BLOCK_SIZE)
+    left = block_scores(weight, norms, BLOCK_SIZE)[stage_1 == Tier.TWO_FOUR]
+    stage_2 = degrade_two_four_to_top_k({"": stage_1}, {"": left}, row)[""]
+    prune_top_k_(weight, norms, stage_2 != stage_1, BLOCK_SIZE, K)
+    return stage_2
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,13 @@ from stepdown.prune.oneshot import prune_layers
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.patterns import TierOptions, pattern_of
 from stepdown.tensors.saliency import block_scores
-from stepdown.tensors.tiers import degrade_dense_to_two_four, degrade_two_four_to_top_k_
+from stepdown.tensors.tiers import (
+    Tier,
+    degrade_dense_to_two_four,
+    degrade_two_four_to_top_k,
+    prune_top_k_,
+    prune_two_four_,
+)
 
 LAYERS, WHOLE = 2, 32
 SHARES, BLOCK_SIZE, K = ("0.35", "0.45", "0.20"), 16, 10
@@ -67,8 +73,12 @@ def step_down_all(decoder, norms: dict, device: torch.device) -> None:
     for name in decoder.linears():
         weight, squared = decoder.checkpoint.matrix(name).to(device), norms[name].to(device)
         tiers = torch.zeros(grid_shape(tuple(weight.shape), BLOCK_SIZE), dtype=torch.uint8, device=device)
-        stage_1 = degrade_dense_to_two_four(tiers, block_scores(weight, squared, BLOCK_SIZE), SHARES)
-        degrade_two_four_to_top_k_(weight, squared, tiers, stage_1, SHARES, BLOCK_SIZE, K)
+        dense = block_scores(weight, squared, BLOCK_SIZE).flatten()
+        stage_1 = degrade_dense_to_two_four({"": tiers}, {"": dense}, SHARES)[""]
+        prune_two_four_(weight, squared, stage_1 != tiers, BLOCK_SIZE)
+        left = block_scores(weight, squared, BLOCK_SIZE)[stage_1 == Tier.TWO_FOUR]
+        stage_2 = degrade_two_four_to_top_k({"": stage_1}, {"": left}, SHARES)[""]
+        prune_top_k_(weight, squared, stage_2 != stage_1, BLOCK_SIZE, K)
 
 
 def prune(decoder, run_name: str, windows: torch.Tensor, batch: int) -> None:

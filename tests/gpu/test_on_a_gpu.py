@@ -23,7 +23,14 @@ from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.least_squares import masked_least_squares
 from stepdown.tensors.patterns import TierOptions, pattern_of
 from stepdown.tensors.saliency import block_scores
-from stepdown.tensors.tiers import degrade_dense_to_two_four, degrade_two_four_to_top_k_, violations
+from stepdown.tensors.tiers import (
+    Tier,
+    degrade_dense_to_two_four,
+    degrade_two_four_to_top_k,
+    prune_top_k_,
+    prune_two_four_,
+    violations,
+)
 
 pytestmark = pytest.mark.gpu
 SHARES = ("0.35", "0.45", "0.20")
@@ -56,8 +63,12 @@ def test_blocks_step_down_as_on_the_cpu(shape, gpu):
     tiers, found = torch.zeros(grid_shape(shape, 16), dtype=torch.uint8), []
     for device in ("cpu", gpu):
         pruned, squared, before = weight.clone().to(device), norms.to(device), tiers.to(device)
-        stage_1 = degrade_dense_to_two_four(before, block_scores(pruned, squared, 16), SHARES)
-        stage_2 = degrade_two_four_to_top_k_(pruned, squared, before, stage_1, SHARES, 16, 10)
+        dense = block_scores(pruned, squared, 16).flatten()
+        stage_1 = degrade_dense_to_two_four({"": before}, {"": dense}, SHARES)[""]
+        prune_two_four_(pruned, squared, stage_1 != before, 16)
+        left = block_scores(pruned, squared, 16)[stage_1 == Tier.TWO_FOUR]
+        stage_2 = degrade_two_four_to_top_k({"": stage_1}, {"": left}, SHARES)[""]
+        prune_top_k_(pruned, squared, stage_2 != stage_1, 16, 10)
         assert violations(pruned, stage_2, 16, 10) == 0
         found.append((stage_2.cpu(), pruned.cpu()))
     for ours, theirs in zip(*found, strict=True):

@@ -388,7 +388,7 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "model": "/home/someone/model/",
         "schedule": schedule,
         "oneshot": ["three-tier"],
-        "pruning": {"block_size": 16, "k": 10, "selection": "wanda"},
+        "pruning": {"block_size": 16, "k": 10, "selection": "wanda", "cost": "fisher", "shared_over": "model"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
         "refit": True,
         "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}, "one_schedule": True},

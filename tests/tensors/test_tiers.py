@@ -14,7 +14,7 @@ from stepdown.tensors.tiers import (
     Tier,
     count_tiers,
     degrade_dense_to_two_four,
-    degrade_two_four_to_top_k_,
+    degrade_two_four_to_top_k,
     keep_mask,
     kept_entries,
     prune_top_k_,
@@ -79,8 +79,12 @@ def test_schedule_keeps_every_invariant(shape, block_size, seed, selection):
     k = max(1, 10 * block_size**2 // 256)
     for row in SCHEDULE:
         before = weight.clone()
-        stage_1 = degrade_dense_to_two_four(tiers, block_scores(weight, norms, block_size), row)
-        stage_2 = degrade_two_four_to_top_k_(weight, norms, tiers, stage_1, row, block_size, k, selection)
+        dense = block_scores(weight, norms, block_size)[tiers == Tier.DENSE]
+        stage_1 = degrade_dense_to_two_four({"": tiers}, {"": dense}, row)[""]
+        prune_two_four_(weight, norms, stage_1 != tiers, block_size, selection)
+        left = block_scores(weight, norms, block_size)[stage_1 == Tier.TWO_FOUR]
+        stage_2 = degrade_two_four_to_top_k({"": stage_1}, {"": left}, row)[""]
+        prune_top_k_(weight, norms, stage_2 != stage_1, block_size, k, selection)
         # Largest remainders of two rows may round against each other; a block never goes up all the same.
         dense, _, top_k = tier_counts(row, tiers.numel())
         dense_before, _, top_k_before = count_tiers(tiers)
@@ -135,7 +139,30 @@ def test_step_down_takes_the_lowest_and_ties_by_position():
 def test_shares_that_round_up_do_not_lift_a_block():
     # Ten blocks: 0.24 rounds to 3 Dense blocks where the row before left 2.
     tiers = torch.tensor([[0, 0] + [1] * 8], dtype=torch.uint8)
-    assert torch.equal(degrade_dense_to_two_four(tiers, torch.rand(1, 10), ("0.26", "0.74", "0")), tiers)
+    stepped = degrade_dense_to_two_four({"": tiers}, {"": torch.rand(2)}, ("0.26", "0.74", "0"))
+    assert torch.equal(stepped[""], tiers)
+
+
+@given(st.lists(shapes, min_size=2, max_size=4), st.integers(0, 9))
+def test_shares_are_exact_over_all_matrices_together(sizes, seed):
+    """Whatever the row, counts are those of all blocks together, and each block is cheaper than all that stayed."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = {str(n): torch.zeros(grid_shape(shape, 8), dtype=torch.uint8) for n, shape in enumerate(sizes)}
+    blocks = sum(tiers.numel() for tiers in maps.values())
+    for row in SCHEDULE:
+        before = maps
+        # Few values, so that many are equal.
+        scores = {name: torch.randint(5, tiers.shape, generator=generator).float() for name, tiers in maps.items()}
+        maps = degrade_dense_to_two_four(maps, {n: scores[n][t == Tier.DENSE] for n, t in maps.items()}, row)
+        for name, tiers in maps.items():
+            assert (tiers >= before[name]).all()
+        gone = [scores[n][(before[n] == 0) & (maps[n] == 1)] for n in maps]
+        stayed = torch.cat([scores[n][maps[n] == 0] for n in maps])
+        assert not len(torch.cat(gone)) or not len(stayed) or torch.cat(gone).max() <= stayed.min()
+        maps = degrade_two_four_to_top_k(maps, {n: scores[n][t == Tier.TWO_FOUR] for n, t in maps.items()}, row)
+        dense, _, top_k = tier_counts(row, blocks)
+        found = count_tiers(torch.cat([tiers.flatten() for tiers in maps.values()]))
+        assert abs(found[Tier.DENSE] - dense) <= 1 and abs(found[Tier.TOP_K] - top_k) <= 1
 
 
 def test_a_dead_input_goes_first_but_after_what_is_pruned_already():

@@ -38,7 +38,9 @@ def tier_options(wildcards):
     if pattern not in ("three-tier", "hybrid"):
         return []
     last = row("oneshot/three-tier") if pattern == "three-tier" else None
-    return flags({**({"shares": [last.dense, last.mid_2_4, last.topk]} if last else {}), **config["pruning"]})
+    shares = {"shares": [last.dense, last.mid_2_4, last.topk]} if last else {}
+    # A run goes by its own method, in every matrix.
+    return flags({**shares, **config["pruning"], "cost": None, "shared_over": None})
 
 
 def layer_options(wildcards):

@@ -53,14 +53,15 @@ rule calibrate:
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
+        cost=config["pruning"]["cost"],
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
     message:
-        "{wildcards.step}: what the inputs of every matrix are like"
+        "{wildcards.step}: what the inputs of every matrix are like, and what its outputs do to the loss"
     shell:
         "python {params.script:q} --model {params.folder:q} --text {params.text:q} {params.options:q}"
-        " --seed {params.seed:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
+        " --cost {params.cost:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q} --output {output:q} --log {log:q}"
 
 
 rule score:
@@ -88,11 +89,13 @@ rule score:
         code=code_hash("score.py"),
         folder=folder_of("model"),
         device=config["device"],
+        cost=config["pruning"]["cost"],
     message:
-        "{wildcards.step}: what every block is worth"
+        "{wildcards.step}: what it costs every block to step down"
     shell:
         "python {params.script:q} --model {params.folder:q} --calibration {input.calibration:q}"
-        " --device {params.device:q} --tier-map {input.tier_map:q} --output {output:q} --log {log:q}"
+        " --device {params.device:q} --tier-map {input.tier_map:q} --cost {params.cost:q} --output {output:q}"
+        " --log {log:q}"
 
 
 rule degrade_dense_to_2_4:
@@ -119,12 +122,13 @@ rule degrade_dense_to_2_4:
         dense=of_row("dense"),
         mid_2_4=of_row("mid_2_4"),
         topk=of_row("topk"),
+        shared_over=config["pruning"]["shared_over"],
     message:
         "{wildcards.step}: dense blocks down to 2:4, until {params.dense} is dense"
     shell:
         "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q}"
         " --iteration {params.iteration:q} --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q}"
-        " --output {output:q} --log {log:q}"
+        " --shared-over {params.shared_over} --output {output:q} --log {log:q}"
 
 
 rule degrade_2_4_to_topk:

@@ -1,23 +1,35 @@
-"""Measure the inputs of every prunable matrix on calibration text, one decoder layer in memory at a time."""
+"""Measure the inputs of every prunable matrix on calibration text, and the gradients of its outputs, layer by layer."""
 
 import argparse
 from pathlib import Path
 
 from stepdown import cli
 from stepdown.models.checkpoint import save_tensors
-from stepdown.prune.calibration import open_model, read_windows, squared_input_norms
+from stepdown.prune.calibration import (
+    Calibration,
+    as_tensors,
+    calibrate_backwards,
+    open_model,
+    read_windows,
+    squared_input_norms,
+)
+from stepdown.prune.stepping_down import COSTS
 
 
 def main(arguments: argparse.Namespace) -> None:
     windows, calibration = read_windows(arguments)
     decoder = open_model(arguments)
-    norms = squared_input_norms(decoder, windows, arguments.batch_size)
+    if arguments.cost == "fisher":
+        found = calibrate_backwards(decoder, windows, arguments.batch_size)
+    else:
+        found = Calibration(squared_input_norms(decoder, windows, arguments.batch_size), {})
     protocol = f"{arguments.samples} samples x {arguments.sequence_length} tokens, seed {arguments.seed}"
     metadata = decoder.checkpoint.identity() | {"text": calibration["text"], "protocol": protocol}
-    save_tensors(norms, arguments.output, metadata)
+    save_tensors(as_tensors(found), arguments.output, metadata)
 
 
 if __name__ == "__main__":
     parser = cli.calibration_parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="safetensors file, float32 [in] per matrix")
+    parser.add_argument("--cost", choices=COSTS, default="fisher", help="fisher asks for gradients too")
+    parser.add_argument("--output", type=Path, required=True, help="safetensors file: float32 [in] and [out]")
     cli.run(main, parser)

@@ -9,9 +9,9 @@ from stepdown import cli
 from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.models.decoder import choose_device
 from stepdown.models.tier_maps import check_same_model, read_tier_map, write_tier_map
-from stepdown.prune.calibration import read_norms
+from stepdown.prune.calibration import read_calibration
+from stepdown.prune.stepping_down import prune_stepped_, second_stage
 from stepdown.tensors.saliency import SELECTIONS
-from stepdown.tensors.tiers import degrade_two_four_to_top_k_
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -19,27 +19,20 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.model)
     check_same_model(before, arguments.tier_map_before, checkpoint)
     check_same_model(stage_1, arguments.tier_map, checkpoint, iterations_ahead=1)
-    norms = read_norms(arguments.calibration, stage_1)
-    device, tiers = choose_device(arguments.device), {}
+    calibration = read_calibration(arguments.calibration, stage_1, stage_1.cost == "fisher")
+    device = choose_device(arguments.device)
+    tiers = second_stage(checkpoint, before, stage_1, calibration, arguments.selection, device)
+    maps = (before, stage_1, stage_1.with_tiers(tiers))
 
-    def degrade(shard: dict[str, Tensor]) -> None:
+    def prune(shard: dict[str, Tensor]) -> None:
         for name in (key.removesuffix(".weight") for key in shard):
-            if name in stage_1.tiers:
+            if name in tiers:
                 weight = shard[f"{name}.weight"].to(device)
-                tiers[name] = degrade_two_four_to_top_k_(
-                    weight,
-                    norms[name].to(device),
-                    before.tiers[name].to(device),
-                    stage_1.tiers[name].to(device),
-                    stage_1.shares,
-                    stage_1.block_size,
-                    stage_1.k,
-                    arguments.selection,
-                ).cpu()
+                prune_stepped_(weight, name, maps, calibration, arguments.selection)
                 shard[f"{name}.weight"] = weight.cpu()
 
-    rewrite_checkpoint(arguments.model, arguments.output_model, degrade, stage_1.identity, "2:4 -> TopK")
-    write_tier_map(stage_1.with_tiers(tiers), arguments.output_tier_map)
+    rewrite_checkpoint(arguments.model, arguments.output_model, prune, stage_1.identity, "2:4 -> TopK")
+    write_tier_map(maps[-1], arguments.output_tier_map)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage 1: the lowest-scoring Dense blocks of every matrix step down to 2:4 until the Dense share is met."""
+"""Stage 1: the Dense blocks that it costs least step down to 2:4 until the Dense share is met."""
 
 import argparse
 from dataclasses import replace
@@ -8,20 +8,19 @@ from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.models.checkpoint import load_tensors
 from stepdown.models.tier_maps import read_tier_map, write_tier_map
-from stepdown.tensors.tiers import degrade_dense_to_two_four
+from stepdown.prune.stepping_down import SHARED_OVER, first_stage
 
 
 def main(arguments: argparse.Namespace) -> None:
     before = read_tier_map(arguments.tier_map)
     scores, metadata = load_tensors(arguments.scores)
+    cost = metadata.pop("cost", "wanda")
     if metadata != before.identity or scores.keys() != before.tiers.keys():
         raise UserError(f"{arguments.scores}: scores of another model or iteration than {arguments.tier_map}")
     shares = (arguments.dense, arguments.mid_2_4, arguments.topk)
-    tiers = {
-        name: degrade_dense_to_two_four(tiers, scores[name], shares)
-        for name, tiers in cli.progress(before.tiers.items(), "Dense -> 2:4")
-    }
-    write_tier_map(replace(before, tiers=tiers, iteration=arguments.iteration, shares=shares), arguments.output)
+    tiers = first_stage(before, scores, shares, arguments.shared_over)
+    chosen = {"shares": shares, "cost": cost, "shared_over": arguments.shared_over}
+    write_tier_map(replace(before, tiers=tiers, iteration=arguments.iteration, **chosen), arguments.output)
 
 
 if __name__ == "__main__":
@@ -31,5 +30,6 @@ if __name__ == "__main__":
     parser.add_argument("--iteration", type=int, required=True, help="of the map to write")
     for share in ("--dense", "--mid-2-4", "--topk"):
         parser.add_argument(share, required=True, help="share of the blocks after this iteration, such as 0.35")
+    parser.add_argument("--shared-over", choices=SHARED_OVER, default="model", help="where the shares are met")
     parser.add_argument("--output", type=Path, required=True, help="tier map after stage 1")
     cli.run(main, parser)

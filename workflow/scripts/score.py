@@ -1,4 +1,4 @@
-"""Score every block of every prunable matrix: the mean Wanda metric over its weights."""
+"""Score every block of every prunable matrix: what it costs to take it from Dense to 2:4."""
 
 import argparse
 from pathlib import Path
@@ -7,20 +7,20 @@ from stepdown import cli
 from stepdown.models.checkpoint import Checkpoint, save_tensors
 from stepdown.models.decoder import choose_device
 from stepdown.models.tier_maps import check_same_model, check_zeros, read_tier_map
-from stepdown.prune.calibration import read_norms
-from stepdown.tensors.saliency import block_scores
+from stepdown.prune.calibration import read_calibration
+from stepdown.prune.stepping_down import COSTS, score_dense
 
 
 def main(arguments: argparse.Namespace) -> None:
     checkpoint, tier_map = Checkpoint(arguments.model), read_tier_map(arguments.tier_map)
     check_same_model(tier_map, arguments.tier_map, checkpoint)
-    norms = read_norms(arguments.calibration, tier_map)
+    calibration = read_calibration(arguments.calibration, tier_map, arguments.cost == "fisher")
     device, scores = choose_device(arguments.device), {}
     for name in cli.progress(tier_map.tiers, "score"):
         weight = checkpoint.matrix(name)
         check_zeros(tier_map, name, weight, checkpoint.folder)
-        scores[name] = block_scores(weight.to(device), norms[name].to(device), tier_map.block_size).cpu()
-    save_tensors(scores, arguments.output, tier_map.identity)
+        scores[name] = score_dense(weight.to(device), name, calibration, tier_map.block_size, arguments.cost).cpu()
+    save_tensors(scores, arguments.output, tier_map.identity | {"cost": arguments.cost})
 
 
 if __name__ == "__main__":
@@ -29,5 +29,6 @@ if __name__ == "__main__":
     parser.add_argument("--calibration", type=Path, required=True, help="what calibrate.py wrote for this model")
     parser.add_argument("--tier-map", type=Path, required=True, help="tier map of this model")
     cli.add_device_argument(parser)
+    parser.add_argument("--cost", choices=COSTS, default="fisher", help="of a step down (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="float32 [block rows, block cols] per matrix")
     cli.run(main, parser)

@@ -68,11 +68,17 @@ def describe_model(step: str, model_name: str, map_path: Path, folder: Path) -> 
         "iteration": tier_map.iteration,
         "model": model_name,
         "perplexity": {},
-        "pruning": {"method": "wanda", "pattern": "three-tier", "layers": "uniform"} if tier_map.iteration else None,
+        "pruning": _describe_choice(tier_map) if tier_map.iteration else None,
         "sparsity": sparsity(tier_map, checkpoint),
         "tier_shares": tier_shares(counts.values()),
         "blocks": counts,
     }
+
+
+def _describe_choice(tier_map: TierMap) -> dict[str, str]:
+    """What blocks were chosen by, and whether every matrix has the same shares or the model shares them out."""
+    layers = "uniform" if tier_map.shared_over == "matrix" else "shared"
+    return {"method": tier_map.cost, "pattern": "three-tier", "layers": layers}
 
 
 def sparsity(tier_map: TierMap, checkpoint: Checkpoint) -> dict:

@@ -68,8 +68,11 @@ class LayerWalk:
                 with _layers_replaced(self.decoder, self._answering(number, state.to(self.decoder.device))):
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
 
-    def loss_gradients(self) -> Iterator[Tensor]:
-        """After the last layer: per batch, the gradient of its mean loss by its hidden states, in their shape."""
+    def loss_gradients(self, summed: bool = False) -> Iterator[Tensor]:
+        """After the last layer: per batch, the gradient of its mean loss by its hidden states, in their shape.
+
+        `summed`: of the loss summed over its tokens, which no batch size changes and no 16-bit type rounds to zero.
+        """
         model = self.decoder.model
         with loaded_around_layers(self.decoder):
             for number, (batch, state) in enumerate(zip(self.batches, self.states, strict=True)):
@@ -77,7 +80,7 @@ class LayerWalk:
                 tokens = batch.to(self.decoder.device)
                 with _layers_replaced(self.decoder, self._answering(number, state)):
                     loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                yield torch.autograd.grad(loss, state)[0]
+                yield torch.autograd.grad(loss * batch.numel() if summed else loss, state)[0]
 
     def call(self, place: int, number: int, state: Tensor) -> Tensor:
         """What layer `place`, loaded, makes of `state` [sequences, tokens, hidden] as that of batch `number`."""

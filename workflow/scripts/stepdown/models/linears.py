@@ -5,7 +5,7 @@ in one 3-D parameter. What takes their place here computes the same, and is hook
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -95,15 +95,21 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 @contextmanager
 def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While open, `see` is called with the name of a module and its inputs [..., in], each time it is given some."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
-        for name, module in modules.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
+            hooks.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def watching_outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `see` is called with the name of a module and its outputs [..., out], each time it gives some."""
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(lambda _, __, outputs, name=name: see(name, outputs))
+            hooks.callback(hook.remove)
+        yield
 
 
 def _are_fused_experts(module: nn.Module) -> bool:

@@ -24,7 +24,8 @@ class TierMap:
     """Tiers of every prunable linear of a model.
 
     tiers: name of a linear -> uint8 [block rows, block cols]; shapes: the same names -> (out, in);
-    base_model: sha256 of the base model's tensors; shares: Dense, 2:4 and TopK asked for, as the schedule has them.
+    base_model: sha256 of the base model's tensors; shares: Dense, 2:4 and TopK asked for, as the schedule has them;
+    cost: what blocks were chosen by, and shared_over: where the shares are met, both as the configuration has them.
     """
 
     tiers: dict[str, Tensor]
@@ -34,6 +35,8 @@ class TierMap:
     base_model: str
     iteration: int
     shares: tuple[str, str, str]
+    cost: str = "wanda"
+    shared_over: str = "matrix"
 
     def with_tiers(self, tiers: dict[str, Tensor]) -> "TierMap":
         return replace(self, tiers=tiers)
@@ -60,6 +63,8 @@ def write_tier_map(tier_map: TierMap, path: Path | str) -> None:
         "iteration": str(tier_map.iteration),
         "block_size": str(tier_map.block_size),
         "k": str(tier_map.k),
+        "cost": tier_map.cost,
+        "shared_over": tier_map.shared_over,
         **dict(zip(TIER_NAMES.values(), tier_map.shares, strict=True)),
         "shapes": json.dumps(tier_map.shapes, sort_keys=True),
     }
@@ -78,6 +83,8 @@ def read_tier_map(path: Path | str) -> TierMap:
         block_size=int(metadata["block_size"]),
         k=int(metadata["k"]),
         base_model=metadata["base_model"],
+        cost=metadata.get("cost", "wanda"),
+        shared_over=metadata.get("shared_over", "matrix"),
         iteration=int(metadata["iteration"]),
         shares=tuple(metadata[name] for name in TIER_NAMES.values()),
     )

@@ -1,6 +1,7 @@
-"""What the inputs of every linear weigh on calibration text."""
+"""What the inputs of every linear weigh on calibration text, and what its outputs do to the loss."""
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,28 @@ from ..models.decoder import Decoder, open_decoder
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap
 from ..text import calibration_windows, describe, parse_text
-from .layerwise import added, visit
-from .statistics import accumulating_squares
+from .layerwise import added, visit, visit_backwards
+from .statistics import accumulating_squared_gradients, accumulating_squares
+
+# What stands behind the name of a linear in the file that calibrate.py writes.
+GRADIENTS = " squared_gradients"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Per linear, means over samples of sums over a sample's tokens, float32.
+
+    squared_norms: of x_j^2, x its inputs [in]; squared_gradients: of (dL/dy_i)^2, y its outputs and L the loss summed
+    over a sample's tokens [out]; without any where costs do not ask for them.
+    """
+
+    squared_norms: dict[str, Tensor]
+    squared_gradients: dict[str, Tensor]
+
+    def of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The norms and the gradients of a linear on a device."""
+        gradients = self.squared_gradients.get(name)
+        return self.squared_norms[name].to(device), None if gradients is None else gradients.to(device)
 
 
 def open_model(arguments: argparse.Namespace, folder: Path | None = None) -> Decoder:
@@ -46,28 +67,66 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     Raises `UserError` naming the linear whose inputs are not finite.
     """
     gather = partial(accumulating_squares, samples=len(windows))
-    norms = {}
+    norms: dict[str, Tensor] = {}
     for layer in visit(LayerWalk(decoder, windows.split(batch_size)), "calibrate"):
-        found = layer.gather(gather, advance=True)
-        for name, linear in layer.linears.items():
-            norms[name] = added(norms.get(name), found[name].cpu() if name in found else None)
-            if name in layer.used_later:
-                continue
-            if norms[name] is None:
+        _add(norms, layer.gather(gather, advance=True))
+    return _complete(decoder, norms, "inputs")
+
+
+def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> Calibration:
+    """The same norms, and the squared gradients, by carrying the loss on the windows back through the layers.
+
+    windows: int64 [samples, tokens]. One layer is in memory at a time; the states before each wait on disk.
+    """
+    gather = partial(accumulating_squares, samples=len(windows))
+    norms: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    for layer in visit_backwards(LayerWalk(decoder, windows.split(batch_size)), summed=True):
+        with accumulating_squared_gradients(layer.linears, len(windows)) as found:
+            _add(norms, layer.gather(gather, advance=True))
+        _add(gradients, found)
+    return Calibration(_complete(decoder, norms, "inputs"), _complete(decoder, gradients, "gradients"))
+
+
+def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Add what was found in a layer; a linear that several layers use has the sum of all uses."""
+    sums.update({name: added(sums.get(name), values.cpu()) for name, values in found.items()})
+
+
+def _complete(decoder: Decoder, found: dict[str, Tensor], of: str) -> dict[str, Tensor]:
+    """What was found of the `inputs` or the `gradients` of every linear; ones where no token was."""
+    for name, linear in decoder.linears().items():
+        if name not in found:
+            if of == "inputs":
                 log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
-                norms[name] = torch.ones(linear.in_features)
-            if not norms[name].isfinite().all():
-                raise UserError(f"{decoder.checkpoint.folder}: the inputs of {name} are not finite (NaN or infinity)")
-    return norms
+            found[name] = torch.ones(linear.in_features if of == "inputs" else linear.out_features)
+        if not found[name].isfinite().all():
+            raise UserError(f"{decoder.checkpoint.folder}: the {of} of {name} are not finite (NaN or infinity)")
+    return found
 
 
-def read_norms(path: Path | str, tier_map: TierMap) -> dict[str, Tensor]:
-    """What calibrate wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
-    norms, metadata = load_tensors(path)
+def as_tensors(calibration: Calibration) -> dict[str, Tensor]:
+    """The tensors of the file that `read_calibration` reads."""
+    gradients = {f"{name}{GRADIENTS}": values for name, values in calibration.squared_gradients.items()}
+    return calibration.squared_norms | gradients
+
+
+def read_calibration(path: Path | str, tier_map: TierMap, with_gradients: bool) -> Calibration:
+    """What calibrate.py wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
+    tensors, metadata = load_tensors(path)
     if metadata.get("base_model") != tier_map.base_model:
         raise UserError(f"{path}: calibration of another model; give what calibrate.py wrote for this one")
-    for name, (_, columns) in tier_map.shapes.items():
-        if name not in norms or norms[name].shape != (columns,):
-            found = list(norms[name].shape) if name in norms else None
-            raise UserError(f"{path}: {name}: {found} norms found, [{columns}] expected; calibrate this model again")
-    return norms
+    norms, gradients = {}, {}
+    for name, (rows, columns) in tier_map.shapes.items():
+        norms[name] = _found(tensors, name, columns, "norms", path)
+        if with_gradients:
+            gradients[name] = _found(tensors, f"{name}{GRADIENTS}", rows, "squared gradients", path)
+    return Calibration(norms, gradients)
+
+
+def _found(tensors: dict[str, Tensor], name: str, length: int, what: str, path: Path | str) -> Tensor:
+    if name not in tensors or tensors[name].shape != (length,):
+        found = list(tensors[name].shape) if name in tensors else None
+        linear = name.removesuffix(GRADIENTS)
+        raise UserError(f"{path}: {linear}: {found} {what} found, [{length}] expected; calibrate this model again")
+    return tensors[name]

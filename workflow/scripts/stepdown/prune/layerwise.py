@@ -139,18 +139,19 @@ def change_layers(
         yield layer
 
 
-def visit_backwards(walk: LayerWalk) -> Iterator[LoadedLayer]:
+def visit_backwards(walk: LayerWalk, summed: bool = False) -> Iterator[LoadedLayer]:
     """The layers from the last to the first; to replay one carries the gradients of the loss back through it.
 
-    The loss is the mean one of a batch. Of a layer's parameters, only those that `gather` sets to require gradients get
-    any. The states before each layer wait on disk for the way back, so that one layer is in memory there too.
+    The loss is the mean one of a batch, or `summed` over its tokens. Of a layer's parameters, only those that `gather`
+    sets to require gradients get any. The states before each layer wait on disk for the way back, so that one layer is
+    in memory there too.
     """
     with TemporaryDirectory() as waiting:
         for layer in visit(walk, "forward"):
             states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
             save_tensors(states, Path(waiting) / f"{layer.place}.safetensors", {})
             layer.replay()
-        gradients = [gradient.to(walk.decoder.states_device) for gradient in walk.loss_gradients()]
+        gradients = [gradient.to(walk.decoder.states_device) for gradient in walk.loss_gradients(summed)]
         for layer in visit(walk, "backward", backwards=True):
             states, _ = load_tensors(Path(waiting) / f"{layer.place}.safetensors")
             walk.states = [states[str(number)] for number in range(len(states))]

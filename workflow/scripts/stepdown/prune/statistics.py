@@ -5,11 +5,12 @@ A linear that is given no token, such as an expert that none is routed to, is mi
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..models.linears import watching_inputs
+from ..models.linears import watching_inputs, watching_outputs
 
 
 @contextmanager
@@ -18,6 +19,8 @@ def accumulating(modules: Mapping[str, nn.Module], of: Callable[[Tensor], Tensor
     sums: dict[str, Tensor] = {}
     latest: tuple[Tensor | None, Tensor | None] = (None, None)
 
+    # The way back through a layer needs none of this.
+    @torch.no_grad()
     def add(name: str, inputs: Tensor) -> None:
         nonlocal latest
         # q, k and v (gate and up) are given the same tensor: it is looked at once.
@@ -40,6 +43,24 @@ def accumulating_squares(linears: Mapping[str, nn.Linear], samples: int) -> Iter
 def squared_column_sums(inputs: Tensor) -> Tensor:
     """Sum over all tokens of x_j^2, float32: [..., in] -> [in]."""
     return torch.linalg.vector_norm(inputs.flatten(0, -2), dim=0, dtype=torch.float32).square()
+
+
+@contextmanager
+def accumulating_squared_gradients(linears: Mapping[str, nn.Linear], samples: int) -> Iterator[dict[str, Tensor]]:
+    """While open, sums (dL/dy_i)^2 over all tokens, y the outputs of each linear and L the loss that is carried back;
+    then the mean over samples: name -> float32 [out]."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, outputs: Tensor) -> None:
+        outputs.register_hook(partial(add, name))
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = squared_column_sums(gradient)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    with watching_outputs(linears, watch):
+        yield sums
+    sums.update({name: total / samples for name, total in sums.items()})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 A tier map is uint8 [block rows, block cols] with a `Tier` per block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .blocks import entries_per_block, expand_blocks, gather_blocks, pad_columns, pad_to_blocks, scatter_blocks_
 from .masks import keep_n_of_m, keep_top_k
-from .saliency import block_scores, magnitude
+from .saliency import magnitude
 
 # As many as keep the temporaries of 16 x 16 blocks at 2 MB.
 BLOCKS_AT_ONCE = 2048
@@ -64,39 +64,45 @@ def step_down(tier_map: Tensor, scores: Tensor, tier: Tier, count: int) -> Tenso
     return stepped
 
 
-def degrade_dense_to_two_four(tier_map: Tensor, scores: Tensor, shares: Sequence[str | float]) -> Tensor:
-    """Stage 1: the lowest Dense blocks become 2:4 until the Dense share is met; returns the new map.
+def degrade_dense_to_two_four(
+    tier_maps: Mapping[str, Tensor], scores: Mapping[str, Tensor], shares: Sequence[str | float]
+) -> dict[str, Tensor]:
+    """Stage 1: the lowest Dense blocks become 2:4 until the Dense share is met; returns the new maps.
 
-    tier_map, scores: [block rows, block cols]. Weights are not needed: what a 2:4 block keeps follows from them and the
-    calibration. Where rounding would have a share rise from one row of a schedule to the next, the map stays: a block
-    never goes up.
+    tier_maps: of the matrices that meet the shares together, one or all of a model; scores: of the Dense blocks of
+    each, in its map's order. Weights are not needed: what a 2:4 block keeps follows from them and the calibration.
+    Where rounding would have a share rise from one row of a schedule to the next, the maps stay: a block never goes
+    up.
     """
-    dense, _, _ = tier_counts(shares, tier_map.numel())
-    excess = count_tiers(tier_map)[Tier.DENSE] - dense
-    return step_down(tier_map, scores[tier_map == Tier.DENSE], Tier.DENSE, excess)
+    found = count_tiers(flatten_maps(tier_maps))
+    dense, _, _ = tier_counts(shares, sum(found))
+    return step_down_together(tier_maps, scores, Tier.DENSE, found[Tier.DENSE] - dense)
 
 
-def degrade_two_four_to_top_k_(
-    weight: Tensor,
-    squared_norms: Tensor,
-    before: Tensor,
-    stage_1: Tensor,
-    shares: Sequence[str | float],
-    block_size: int,
-    k: int,
-    selection: str = "wanda",
-) -> Tensor:
-    """Stage 2: prune the blocks that stage 1 brought to 2:4, rescore all 2:4 blocks, step the lowest down to TopK.
+def degrade_two_four_to_top_k(
+    tier_maps: Mapping[str, Tensor], scores: Mapping[str, Tensor], shares: Sequence[str | float]
+) -> dict[str, Tensor]:
+    """Stage 2: the lowest 2:4 blocks become TopK until the TopK share is met; as `degrade_dense_to_two_four`.
 
-    weight: [out, in], pruned in place; squared_norms: [in]; before, stage_1: maps before and after stage 1; returns the
-    new map.
+    scores: of the 2:4 blocks, of what is left in them.
     """
-    prune_two_four_(weight, squared_norms, stage_1 != before, block_size, selection)
-    scores = block_scores(weight, squared_norms, block_size)[stage_1 == Tier.TWO_FOUR]
-    _, _, top_k = tier_counts(shares, stage_1.numel())
-    stage_2 = step_down(stage_1, scores, Tier.TWO_FOUR, top_k - count_tiers(stage_1)[Tier.TOP_K])
-    prune_top_k_(weight, squared_norms, stage_2 != stage_1, block_size, k, selection)
-    return stage_2
+    found = count_tiers(flatten_maps(tier_maps))
+    _, _, top_k = tier_counts(shares, sum(found))
+    return step_down_together(tier_maps, scores, Tier.TWO_FOUR, top_k - found[Tier.TOP_K])
+
+
+def step_down_together(
+    tier_maps: Mapping[str, Tensor], scores: Mapping[str, Tensor], tier: Tier, count: int
+) -> dict[str, Tensor]:
+    """`step_down` of several maps as if they were one: `count` blocks in all, wherever they score lowest."""
+    stepped = step_down(flatten_maps(tier_maps), torch.cat([scores[name] for name in tier_maps]), tier, count)
+    parts = stepped.split([tiers.numel() for tiers in tier_maps.values()])
+    return {name: part.view_as(tiers) for (name, tiers), part in zip(tier_maps.items(), parts, strict=True)}
+
+
+def flatten_maps(tier_maps: Mapping[str, Tensor]) -> Tensor:
+    """Several maps as one: uint8 [blocks]."""
+    return torch.cat([tiers.flatten() for tiers in tier_maps.values()])
 
 
 def prune_two_four_(
