@@ -340,19 +340,24 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
-    """Write one safetensors file under a temporary name and rename it; nothing is left of it on an error."""
+    """Write one safetensors file elsewhere and move it; nothing is left of it on an error.
+
+    Elsewhere is a folder, since the library writes under names that nobody can know beforehand: what a killed process
+    leaves there goes with the folder when the file is written again.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        save_file(_apart(tensors), partial, metadata=metadata)
-        _sort_metadata(partial)
-        partial.chmod(usual_mode())
-        os.replace(partial, path)
+        save_file(_apart(tensors), partial / path.name, metadata=metadata)
+        _sort_metadata(partial / path.name)
+        (partial / path.name).chmod(usual_mode())
+        os.replace(partial / path.name, path)
     except SafetensorError as error:
         raise UserError(f"{path}: could not be written ({error}); is the disk full?") from None
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
