@@ -2,8 +2,8 @@
 
 The blocks that cost least step down. What a step costs is what the loss of the model rises by (`tensors/costs.py`) or,
 as published, the mean Wanda metric of a block's weights. Stage 1 takes the cheapest Dense blocks to 2:4, stage 2 the
-cheapest of all 2:4 blocks, on what is left of them, to TopK. Finding all tiers at once at least total cost (two
-Lagrange multipliers) gives maps that differ in 0.02 % of the blocks, and costs 0.01 % less at most.
+cheapest of all 2:4 blocks, on what is left of them, to TopK; docs/method.md tells how little finding all tiers at once
+at least total cost would change.
 """
 
 from collections.abc import Iterable, Mapping
