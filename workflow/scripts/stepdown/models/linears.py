@@ -115,7 +115,7 @@ def watching_outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tenso
 def _are_fused_experts(module: nn.Module) -> bool:
     """Whether a module says of itself how its parameters hold experts, in a form that `SeparateExperts` computes."""
     parameters = dict(module.named_parameters())
-    described = hasattr(module, "is_concatenated") and not module.has_post_expert_norm
+    described = hasattr(module, "is_concatenated") and not hasattr(module, "post_expert_norm")
     return described and "down_proj" in parameters and all(_layout(module, name) for name in parameters)
 
 
