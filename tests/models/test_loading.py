@@ -1,9 +1,12 @@
 """What transformers makes of odd folders: one line with its reason, before anything is trained on them."""
 
 import json
+import logging
 import runpy
 import shutil
 import sys
+from contextlib import nullcontext
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from stepdown.cli import log
 from stepdown.errors import UserError
 from stepdown.models.decoder import build_empty, open_decoder
 from stepdown.models.layer_walk import LayerWalk
-from stepdown.models.loading import load_model, load_tokenizer
+from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = [ROOT / "resources/pydoc-llama" / name for name in ("tokenizer.json", "tokenizer_config.json")]
@@ -91,7 +94,7 @@ def test_a_config_of_no_or_another_model_is_told_by_the_first_job(model, monkeyp
     [
         ({"generation_config.json": '{"max_new_tokens": -1}'}, "generation_config.json: transformers cannot read it"),
         ({"generation_config.json": "null"}, "generation_config.json: transformers cannot read it"),
-        ({"tokenizer.json": None}, "no tokenizer that transformers can load"),
+        ({"tokenizer.json": None}, "; copy its tokenizer.json too, or pip install"),
         ({"tokenizer.json": None, "tokenizer.model": "abcd"}, "copy its tokenizer.json too, or pip install"),
         ({"tokenizer.json": '{"model": {}}'}, "no tokenizer that transformers can load (KeyError"),
     ],
@@ -133,6 +136,22 @@ def test_flash_attention_that_is_not_there_is_replaced_with_a_word(model, caplog
     assert decoder.model.config._attn_implementation == "sdpa"
     assert "flash_attention_2 is not to be had here" in caplog.text and "sdpa takes its place" in caplog.text
     assert torch.equal(load_model(model, torch.float32)(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_transformers_warns_of_is_read_only_where_nothing_fails(fails):
+    told = MemoryHandler(capacity=10)
+    library = logging.getLogger("transformers")
+    library.addHandler(told)
+    try:
+        with pytest.raises(UserError) if fails else nullcontext(), told_in_one_line("folder", "no model"):
+            logging.getLogger("transformers.models").error("odd")
+            assert not told.buffer
+            if fails:
+                raise KeyError("a reason")
+    finally:
+        library.removeHandler(told)
+    assert [record.getMessage() for record in told.buffer] == ([] if fails else ["odd"])
 
 
 def test_weights_in_whole_numbers_are_refused(model, monkeypatch):

@@ -17,8 +17,10 @@ def import_gguf(file: Path, target: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from .loading import told_in_one_line
+
     read_gguf_header(file)
-    try:
+    with told_in_one_line(file, "transformers cannot read it", "use a folder in Hugging Face form"):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -27,9 +29,6 @@ def import_gguf(file: Path, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: transformers cannot read it ({reason}); use a folder in Hugging Face form") from None
     if found["missing_keys"]:
         raise UserError(f"{file}: has no tensor for {min(found['missing_keys'])}; copy or download it again")
     shutil.rmtree(target, ignore_errors=True)

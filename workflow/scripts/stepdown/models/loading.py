@@ -1,7 +1,9 @@
 """What transformers makes of a folder: configuration, model, tokenizer; what it does not take is told in one line."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from ..errors import UserError
 
 # Of a reason; some libraries write pages.
 REASON_LENGTH = 300
+ADVICE = "mend what it names, or take another model"
 
 
 def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -52,7 +55,9 @@ def build_model(
 
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises `UserError` where it has tokens that the embedding has no row for."""
-    with told_in_one_line(folder, "no tokenizer that transformers can load"):
+    has_one = (Path(folder) / "tokenizer.json").is_file()
+    advice = ADVICE if has_one else "copy its tokenizer.json too, or pip install sentencepiece tiktoken"
+    with told_in_one_line(folder, "no tokenizer that transformers can load", advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None)
@@ -72,10 +77,11 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTr
 
 
 @contextmanager
-def told_in_one_line(folder: Path | str, what: str) -> Iterator[None]:
+def told_in_one_line(folder: Path | str, what: str, advice: str = ADVICE) -> Iterator[None]:
     """Whatever libraries raise over a folder's files, which are as many kinds as there are files, as a `UserError`."""
     try:
-        yield
+        with _warnings_once_done():
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -84,16 +90,24 @@ def told_in_one_line(folder: Path | str, what: str) -> Iterator[None]:
                 f"{folder}: comes with code of its own; if you trust it, set trust_remote_code: true (by hand"
                 " --trust-remote-code)"
             ) from None
-        raise UserError(f"{folder}: {what} ({reason_of(error)}); {_advice(str(error))}") from error
+        raise UserError(f"{folder}: {what} ({reason_of(error)}); {advice}") from error
+
+
+@contextmanager
+def _warnings_once_done() -> Iterator[None]:
+    """Hold back what transformers warns of until all went well; of what fails, the reason is enough to read."""
+    logger = logging.getLogger("transformers")
+    handlers, waiting = logger.handlers, MemoryHandler(capacity=1000)
+    logger.handlers = [waiting]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in waiting.buffer:
+        logger.handle(record)
 
 
 def reason_of(error: Exception) -> str:
     """The kind and the words of an exception in one line."""
     words = " ".join(f"{type(error).__name__}: {error}".split())
     return words if len(words) <= REASON_LENGTH else f"{words[:REASON_LENGTH]} ..."
-
-
-def _advice(words: str) -> str:
-    if "sentencepiece" in words or "tiktoken" in words:
-        return "copy its tokenizer.json too, or pip install sentencepiece tiktoken"
-    return "mend what it names, or take another model"
