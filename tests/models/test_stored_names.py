@@ -2,8 +2,6 @@
 
 import json
 import logging
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from stepdown.measure.perplexity import perplexity
 from stepdown.measure.speed import measure_speed
 from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.models.decoder import find_layers, load_whole, open_decoder
+from stepdown.models.importing import tell_what_is_pruned
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.tier_maps import dense_tier_map
 from stepdown.packed.folder import write_packed
@@ -24,7 +23,6 @@ from stepdown.prune.layer_removal import write_without_layers
 from stepdown.prune.model_quantisation import quantise_checkpoint
 from stepdown.prune.slicing import slice_checkpoint
 
-ROOT = Path(__file__).parents[2]
 IDENTITY = {"base_model": "0" * 64, "iteration": "1"}
 TOKENS = torch.randint(2, VOCABULARY - 8, (5, 24), generator=torch.Generator().manual_seed(1))
 
@@ -157,9 +155,8 @@ def test_layers_whose_block_others_use_are_not_removed(family, uses, reason, tmp
 
 def test_what_cannot_be_pruned_is_named_with_its_share(tmp_path, caplog):
     decoder = open_decoder(make_model("dbrx", tmp_path / "model"), "cpu")
-    tell = runpy.run_path(str(ROOT / "workflow/scripts/base_model.py"))["tell_what_is_pruned"]
     with caplog.at_level(logging.INFO):
-        tell(decoder)
+        tell_what_is_pruned(decoder)
     assert "33.8% of those in the decoder layers" in caplog.text
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert [line.partition(" stays dense")[0] for line in warned] == [
