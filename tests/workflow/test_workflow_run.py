@@ -122,8 +122,9 @@ def test_the_users_model_is_linked_and_never_written_to(project):
     assert (project / "results/iter0/model/model.safetensors").is_symlink()
 
 
-def script(name, *words):
-    return subprocess.run([sys.executable, SCRIPTS / name, *map(str, words)], capture_output=True, text=True)
+def script(name, *words, folder=None):
+    command = [sys.executable, SCRIPTS / name, *map(str, words)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,28 @@ def test_a_script_tells_a_mistake_in_one_line(project, change, message):
     assert finished.returncode == 1
     assert len(finished.stderr.splitlines()) == 1 and message in finished.stderr, finished.stderr
     assert not (project / "scores.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--text": "wikitext2"}, "iter0/eval.json: measured on other texts"),
+        ({"--sequence-length": "16"}, "in other windows"),
+        ({"--base-eval": "results/iter1/training.json"}, "training.json: not the eval.json of a base model"),
+        ({"--training": "results/iter0/eval.json"}, "eval.json: not the training.json of a model"),
+        ({"--training": "schedule.csv"}, "schedule.csv: not the training.json of a model"),
+    ],
+)
+def test_a_step_is_held_against_a_base_that_was_measured_alike(project, change, message):
+    words = {
+        **{"--pruned-model": "results/iter1/pruned_model", "--finetuned-model": "results/iter1/finetuned_model"},
+        **{"--training": "results/iter1/training.json", "--base-eval": "results/iter0/eval.json", "--step": "iter1"},
+        **{"--masks": "results/iter1/tier_map.safetensors", "--model-name": "model", "--output": "again.json"},
+        **{"--text": "pydoc", "--sequence-length": "32", "--tokens": "2048", "--device": "cpu"},
+    } | change
+    finished = script("evaluate.py", *(part for pair in words.items() for part in pair), folder=project)
+    assert finished.returncode == 1 and message in finished.stderr, finished.stderr
+    assert len(finished.stderr.splitlines()) == 1 and not (project / "again.json").exists()
 
 
 def test_every_script_explains_itself():

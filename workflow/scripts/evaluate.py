@@ -1,18 +1,17 @@
 """Evaluate a step: perplexity once pruned, refitted and finetuned, sparsity by tier and matrix, the protocol."""
 
 import argparse
-import json
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.files import write_json
+from stepdown.files import read_result, write_json
 from stepdown.measure import evaluation
 
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
-    base = evaluation.read_base(arguments.base_eval)
-    training = json.loads(arguments.training.read_text())
+    base = evaluation.read_base(arguments.base_eval, settings)
+    training = read_result(arguments.training, "the training.json of a model", ("method", "epochs", "tokens"))
     folders = {"pruned": arguments.pruned_model, "refitted": arguments.refitted_model}
     folders = {when: folder for when, folder in folders.items() if folder}
     for folder in folders.values():

@@ -1,20 +1,21 @@
 """Evaluate a model that was made smaller, quantised, or runs on sparse activations: perplexity, sparsity, size."""
 
 import argparse
-import json
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.files import write_json
+from stepdown.files import read_result, write_json
 from stepdown.measure import evaluation
 from stepdown.measure.sizes import remaining, size_of
+from stepdown.plan.compressions import parse_step
 from stepdown.prune.activation_sparsity import switch_on
 
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
-    base = evaluation.read_base(arguments.base_eval)
-    report = json.loads(arguments.masks.read_text())
+    parse_step(arguments.step)
+    base = evaluation.read_base(arguments.base_eval, settings)
+    report = read_result(arguments.masks, "the report of a compressed model", ("run", "base_model"))
     prepare = (lambda decoder: switch_on(decoder.model, arguments.masks)) if "linears" in report else None
     found = evaluation.perplexities(arguments.model, settings, prepare)
     kind, name = arguments.step.split("/")[:2]

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .errors import UserError
@@ -165,6 +165,17 @@ def read_json_object(path: Path) -> dict:
         raise UserError(f"{path}: not JSON ({error}); copy the model again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: found {type(content).__name__}, not an object of keys; copy the model again")
+    return content
+
+
+def read_result(path: Path, kind: str, keys: Iterable[str]) -> dict:
+    """The JSON that another script wrote, with at least these keys; `UserError` where it is not of its kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise UserError(f"{path}: not {kind}; name another file, or delete it and run again")
     return content
 
 

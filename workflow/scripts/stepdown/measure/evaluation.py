@@ -1,7 +1,6 @@
 """What an eval.json says of a model: perplexity on several texts, sparsity, tiers, and the protocol in words."""
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import torch
 
 from .. import cli
-from ..files import check_length
+from ..errors import UserError
+from ..files import check_length, read_result
 from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder, open_decoder
 from ..models.pruning_reports import describe_checkpoint
@@ -111,10 +111,16 @@ def protocol(settings: Settings) -> str:
     )
 
 
-def read_base(path: Path) -> dict[str, float]:
-    """Perplexity of the base model by the name of a text, from its eval.json."""
-    perplexity = json.loads(path.read_text())["perplexity"]
-    return {text: values["base"] for text, values in perplexity.items()}
+def read_base(path: Path, settings: Settings) -> dict[str, float]:
+    """Perplexity of the base model by the name of a text, from its eval.json; raises `UserError` where that was not
+    measured by the same protocol, so that nothing is held against it."""
+    evaluation = read_result(path, "the eval.json of a base model", ("perplexity", "protocol"))
+    if evaluation["protocol"] != protocol(settings):
+        raise UserError(
+            f"{path}: measured on other texts, in other windows or on another number of tokens than asked for here; "
+            "evaluate the base model in the same way"
+        )
+    return {text: values["base"] for text, values in evaluation["perplexity"].items()}
 
 
 def beside_base(base: Mapping[str, float], found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
