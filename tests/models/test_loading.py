@@ -75,6 +75,7 @@ def base_model(folder, monkeypatch):
         ({"attn_implementation": "foo"}, "is not supported"),
         ({"model_type": "foo", "auto_map": {"AutoConfig": "own.Own"}}, "set trust_remote_code: true"),
         ({"quantization_config": "int4"}, "quantised in another format"),
+        ({"quantization_config": {"format": "pack-quantized", "config_groups": {"a": {}}}}, "in another format"),
         ({"vocab_size": 5000}, "embed_tokens.weight [5000, 48], the weights hold [4096, 48]"),
         ({"num_key_value_heads": 4}, "k_proj.weight [48, 48], the weights hold [24, 48]"),
         ({"intermediate_size": 80}, "gate_proj.weight [80, 48], the weights hold [72, 48]"),

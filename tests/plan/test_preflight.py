@@ -1,5 +1,6 @@
 """What is checked before the first job: one clear line for each mistake, nothing to say about what is right."""
 
+import contextlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from stepdown import text
 from stepdown.errors import UserError
 from stepdown.plan import preflight
+from stepdown.plan.compressions import check_step
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
@@ -117,6 +119,8 @@ def yaml_text(value):
         ({"device": "gpu"}, "device: found 'gpu'; write auto or cpu or cuda"),
         ({"model": None}, "model: found nothing; write text"),
         ({"seed": "x: ["}, "seed: found 'x: ['"),
+        ({"model": yaml.safe_load("2024-10-01")}, "is text as ./2024_10"),
+        ({"model": yaml.safe_load("on")}, "found True; write text (a name that YAML reads otherwise"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_clear_line(config, told):
@@ -252,6 +256,10 @@ ADDED = [{"id": 3, "content": "<a>"}, {"id": 4, "content": "<b>"}]
         ({"tokenizer.json": ""}, "tokenizer.json: not JSON"),
         ({"tokenizer.json": "{}"}, "describes no tokenizer"),
         ({"tokenizer.json": {"model": {"vocab": "x"}}}, "its tokens are no list"),
+        (
+            {"tokenizer.json": {"model": {"vocab": {}}, "added_tokens": [{"id": [1]}]}},
+            "an added token without a number",
+        ),
         ({"tokenizer_config.json": "["}, "tokenizer_config.json: not JSON"),
         ({"tokenizer.json": None, "vocab.json": {"a": 0}}, "vocab.json without merges.txt"),
         (
@@ -275,6 +283,46 @@ def test_a_tokenizer_that_is_none_or_of_another_model(model, files, told):
         if content is None:
             (model / name).unlink()
     assert told in error_of(preflight.check_model, model)
+
+
+ODD = [None, "x", "", -1, 10**30, 1.5, True, [], [None], {}, {"a": None}, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_whatever_a_file_holds_is_one_line_or_none(model, name):
+    (model / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 3}, "hidden_size": 5}))
+    tokens = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "special": True}]}
+    (model / "tokenizer.json").write_text(json.dumps(tokens))
+    whole = (model / name).read_text()
+    for content in (changed for odd in ODD for changed in with_each_replaced(json.loads(whole), odd)):
+        (model / name).write_text(json.dumps(content))
+        for check, *more in (
+            *((preflight.check_model, model), (preflight.check_length, "here", 2, model)),
+            *((check_step, "structured/shortgpt-2", model), (check_step, "quantised/int8-g5/iter0", model)),
+        ):
+            with contextlib.suppress(UserError):
+                check(*more)
+
+
+@pytest.mark.parametrize("key", ["dtype", "shape", "data_offsets"])
+def test_whatever_a_header_says_is_one_line_or_none(model, key):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for odd in ODD:
+        for content in with_each_replaced({"a": entry | {key: [odd, odd]}}, odd):
+            header = json.dumps(content).encode()
+            (model / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+            with contextlib.suppress(UserError):
+                preflight.check_model(model)
+
+
+def with_each_replaced(content, odd):
+    """The content with one of its values replaced, itself included, after the other."""
+    yield odd
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        for changed in with_each_replaced(content[key], odd):
+            whole = content.copy()
+            whole[key] = changed
+            yield whole
 
 
 def test_a_special_token_needs_no_row(model):

@@ -336,11 +336,11 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["--config", "model=resources/pydoc-lama"], "model: no folder resources/pydoc-lama"),
         (
             ["--config", "model=2024_10"],
-            "model: found 202410; write text (a name that reads as a number is text as ./2024_10",
+            "model: found 202410; write text (a name that YAML reads otherwise, such as a number, is text as ./2024_10",
         ),
         (
             ["--config", "model=7e5"],
-            "model: found 700000.0; write text (a name that reads as a number is text as ./2024_10",
+            "model: found 700000.0; write text (a name that YAML reads otherwise, such as a number, is text",
         ),
         (["--config", "oneshot=[wanda-2of4, wandaa-4of8]"], "one-shot run 'wandaa-4of8': unknown method 'wandaa'"),
         (["results/oneshot/wanda-4of2/eval.json"], "one-shot run 'wanda-4of2': keeps 4 of each 2"),

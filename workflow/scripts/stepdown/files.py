@@ -106,7 +106,7 @@ def safetensors_header(file: Path) -> tuple[dict, int]:
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             ends = [int(entry["data_offsets"][1]) for entry in entries]
             assert all(entry["dtype"] and min(entry["shape"], default=0) >= 0 for entry in entries)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError):
             raise UserError(
                 f"{file}: not a safetensors file (its header is unreadable); copy or download it again"
             ) from None
@@ -147,11 +147,16 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 def check_length(where: str, sequence_length: int, folder: Path) -> None:
     """A sequence must not be longer than the positions the model was trained on."""
     config = read_json_object(folder / "config.json")
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
+    for part in (config, text_config(config)):
         for name in ("max_position_embeddings", "n_positions"):
             if isinstance(part.get(name), int) and sequence_length > part[name]:
                 raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {part[name]} ({name})")
+
+
+def text_config(config: dict) -> dict:
+    """Of a config.json what describes the part that reads and writes: of a model that also sees, a section of it."""
+    section = config.get("text_config")
+    return section if isinstance(section, dict) and section else config
 
 
 def read_json_object(path: Path) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json_object
-from ..plan.compressions import Quantisation
+from ..plan.compressions import BITS, Quantisation
 from ..tensors.quantisation import Quantised
 from .checkpoint import Checkpoint
 
@@ -92,10 +92,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     quantisation = read_json_object(config).get("quantization_config") if config.is_file() else None
     if not quantisation:
         return Checkpoint(folder)
-    ours = isinstance(quantisation, dict) and quantisation.get("format") == FORMAT
-    groups = list(quantisation.get("config_groups", {}).values()) if ours else []
-    if len(groups) != 1:
+    try:
+        (group,) = quantisation["config_groups"].values()
+        bits = group["weights"]["num_bits"]
+        assert quantisation["format"] == FORMAT and bits in BITS
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
         raise UserError(
-            f"{folder}: quantised in another format than pack-quantized; give the model before quantisation"
-        )
-    return QuantisedCheckpoint(folder, groups[0]["weights"]["num_bits"])
+            f"{folder}: quantised in another format than {FORMAT}; give the model before quantisation"
+        ) from None
+    return QuantisedCheckpoint(folder, bits)

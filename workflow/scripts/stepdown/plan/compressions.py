@@ -2,13 +2,13 @@
 `quantised/gptq4-g64/oneshot/wanda-2of4`, `dynamic/greedy-0.5/iter0`. Standard library only: names are checked before
 the first job."""
 
-import json
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import read_json_object, text_config
 
 # How ShortGPT chooses the layers that go.
 REMOVALS = ("block_influence", "angular", "gradient", "perplexity")
@@ -88,7 +88,7 @@ def check_step(step: str, folder: Path | str | None) -> None:
     if isinstance(asked, Structured):
         check_structured(asked, folder)
     elif isinstance(asked, Quantisation):
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = text_config(read_json_object(Path(folder) / "config.json"))
         keys = ("hidden_size", "intermediate_size", "ffn_dim")
         check_groups(asked, {key: config[key] for key in keys if isinstance(config.get(key), int)})
 
@@ -131,11 +131,11 @@ def parse_dynamic(name: str) -> Dynamic:
 
 def check_structured(asked: Structured, folder: Path | str) -> None:
     """`UserError` for a model whose config.json shows that it cannot be made smaller so."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(Path(folder) / "config.json")
     family = config.get("model_type", "")
-    config = config.get("text_config") or config
+    config = text_config(config)
     layers = next((config[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config), None)
-    if asked.layers and layers is not None:
+    if asked.layers and isinstance(layers, int):
         check_layers(asked.layers, layers, folder)
     if asked.method == "slicegpt":
         check_sliceable(family, config, folder)

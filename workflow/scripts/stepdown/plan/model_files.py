@@ -85,12 +85,15 @@ def _ordinary_tokens(file: Path) -> int:
     content, added = read_json_object(file), []
     if file.name == "tokenizer.json":
         content, added = content["model"].get("vocab"), content.get("added_tokens") or []
-    if not isinstance(content, dict | list | None) or not all(isinstance(token, dict) for token in added):
+    if not isinstance(content, dict | list | None) or not isinstance(added, list):
         raise UserError(f"{file}: its tokens are no list; copy it again")
-    numbers = set(range(len(content)) if isinstance(content, list) else content.values() if content else ())
+    found = range(len(content)) if isinstance(content, list) else content.values() if content else ()
+    numbers = {number for number in found if isinstance(number, int)}
     for token in added:
-        (numbers.discard if token.get("special") else numbers.add)(token.get("id"))
-    return 1 + max((number for number in numbers if isinstance(number, int)), default=-1)
+        if not isinstance(token, dict) or not isinstance(token.get("id"), int):
+            raise UserError(f"{file}: an added token without a number (id); copy it again")
+        (numbers.discard if token.get("special") else numbers.add)(token["id"])
+    return 1 + max(numbers, default=-1)
 
 
 def _most_rows(folder: Path) -> float:

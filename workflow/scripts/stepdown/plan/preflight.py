@@ -110,8 +110,8 @@ def _expected(value: object, schema: dict) -> str:
         return f"{mantissa}e{int(number[2]):+d} (to YAML {value} is text)"
     bounds = [words.format(schema[bound]) for bound, words in BOUND_WORDS.items() if bound in schema]
     asked = ", ".join([" or ".join(TYPE_WORDS[name] for name in types), *bounds])
-    if "string" in types and isinstance(value, int | float) and not isinstance(value, bool):
-        asked += " (a name that reads as a number is text as ./2024_10, or in quotes in a file)"
+    if "string" in types and not isinstance(value, str | list | dict | None):
+        asked += " (a name that YAML reads otherwise, such as a number, is text as ./2024_10, or in quotes in a file)"
     return asked
 
 
