@@ -1,9 +1,10 @@
-"""Peak memory of every pruning script on a random Llama of about 1 B parameters, each in a process of its own.
+"""Peak memory of every rule that reads the weights of a model, on a random Llama of about 1 B parameters, each in a
+process of its own.
 
     python benchmarks/memory.py
 
-The floor is one decoder layer (88 MB in bf16) and the calibration activations. Bar: 35 % of the checkpoint's size plus
-the calibration activations (the hidden states of all samples).
+Bar: 35 % of the checkpoint's size plus the calibration activations (the hidden states of all samples). Refitting holds
+more by its nature: see `refit_floor`.
 """
 
 import argparse
@@ -12,20 +13,76 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parent
 SCRIPTS = Path(__file__).parents[1] / "workflow/scripts"
+HIDDEN, FFN = 2048, 5632  # of random_llama.py
 
 
 def peak(script: str, *words: object) -> tuple[float, float]:
-    """Peak resident memory in MB and seconds of a script."""
-    start = time.perf_counter()
+    """Peak resident memory in MB and processor seconds of a script."""
     process = subprocess.Popen([sys.executable, SCRIPTS / script, *map(str, words)])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{script} failed")
-    return usage.ru_maxrss / 1000, time.perf_counter() - start
+    return usage.ru_maxrss / 1000, usage.ru_utime + usage.ru_stime
+
+
+def rules(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str, tuple]]:
+    """What is measured, in the order in which each finds what it reads: its name, its script, its words."""
+    dense, model = root / "dense.safetensors", root / "model"
+    calibration, scores, stage_1, tiers = (
+        root / f"{name}.safetensors" for name in ("calibration", "scores", "stage_1", "tier_map")
+    )
+    pruned, refitted, finetuned = (root / f"{name}_model" for name in ("pruned", "refitted", "finetuned"))
+    length = ("--sequence-length", arguments.sequence_length, "--device", "cpu")
+    text = ("--samples", arguments.samples, *length)
+    tested = ("--tokens", arguments.samples * arguments.sequence_length, *length, "--model-name", "random")
+    training = ("--step", "iter1", "--epochs", 0, "--text", "pydoc", "--sequence-length", arguments.sequence_length)
+
+    yield "base_model", "base_model.py", ("--model", root / "source", "--output-model", model, "--output-tier-map", dense)
+    yield "calibrate, inputs", "calibrate.py", ("--model", model, *text, "--cost", "wanda", "--output", root / "inputs")
+    yield "calibrate", "calibrate.py", ("--model", model, *text, "--output", calibration)
+    step = ("--model", model, "--calibration", calibration, "--device", "cpu")
+    yield "score", "score.py", (*step, "--tier-map", dense, "--output", scores)
+    shares = ("--dense", 0.35, "--mid-2-4", 0.45, "--topk", 0.2, "--iteration", 1)
+    words = ("--scores", scores, "--tier-map", dense, *shares, "--output", stage_1)
+    yield "degrade_dense_to_2_4", "degrade_dense_to_2_4.py", words
+    words = (*step, "--tier-map-before", dense, "--tier-map", stage_1)
+    words += ("--output-tier-map", tiers, "--output-model", pruned)
+    yield "degrade_2_4_to_topk", "degrade_2_4_to_topk.py", words
+    words = ("--dense-model", model, "--model", pruned, "--masks", tiers, *text, "--output-model", refitted)
+    yield "refit", "refit.py", words
+    words = ("--model", refitted, "--masks", tiers, *training, "--state", root / "state")
+    words += ("--output-model", finetuned, "--output-log", root / "training.json")
+    yield "finetune, 0 epochs", "finetune.py", words
+    words = ("--model", model, "--masks", dense, *tested, "--output", root / "base.json")
+    yield "evaluate_base", "evaluate_base.py", words
+    words = ("--pruned-model", pruned, "--refitted-model", refitted, "--finetuned-model", finetuned, "--masks", tiers)
+    words += ("--training", root / "training.json", "--base-eval", root / "base.json", "--step", "iter1", *tested)
+    yield "evaluate", "evaluate.py", (*words, "--output", root / "eval.json")
+    yield "pack", "pack.py", ("--model", finetuned, "--tier-map", tiers, "--output", root / "packed")
+    for run in arguments.runs:
+        yield from compression(run, root, text, tested)
+
+
+def compression(run: str, root: Path, text: tuple, tested: tuple) -> Iterator[tuple[str, str, tuple]]:
+    """The same of a run such as `oneshot/wanda-2of4` of the base model, and of its evaluation where that is another."""
+    kind, name = run.split("/")
+    script = {"oneshot": "prune_oneshot", "structured": "prune_structured", "quantised": "quantise"}.get(kind)
+    folder, report = root / name, root / f"{name}.json"
+    words = ("--run", name, "--model", root / "model", *text)
+    if kind == "dynamic":
+        folder = root / "model"
+        yield f"calibrate_thresholds {name}", "calibrate_thresholds.py", (*words, "--output", report)
+    else:
+        yield f"{script} {name}", f"{script}.py", (*words, "--output-model", folder, "--output-report", report)
+    if kind != "oneshot":
+        words = ("--model", folder, "--base-model", root / "model", "--masks", report, "--step", run, *tested)
+        words += ("--base-eval", root / "base.json", "--output", root / "compressed.json")
+        yield f"evaluate_compressed {name}", "evaluate_compressed.py", words
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -37,43 +94,31 @@ def main(arguments: argparse.Namespace) -> None:
             [sys.executable, BENCHMARKS / "random_llama.py", source, f"--layers={arguments.layers}"], check=True
         )
         checkpoint = sum(file.stat().st_size for file in source.iterdir()) / 1e6
-        states = arguments.samples * arguments.sequence_length * 2048 * 2 / 1e6
-        model, dense = root / "model", root / "dense.safetensors"
-        norms, scores, stage_1 = (root / f"{name}.safetensors" for name in ("norms", "scores", "stage_1"))
-        length = ("--samples", arguments.samples, "--sequence-length", arguments.sequence_length)
-        runs = {
-            "base_model.py": ("--model", source, "--output-model", model, "--output-tier-map", dense),
-            "calibrate.py": ("--model", model, *length, "--device", "cpu", "--output", norms),
-            "score.py": ("--model", model, "--calibration", norms, "--tier-map", dense, "--output", scores),
-            "degrade_dense_to_2_4.py": (
-                *("--scores", scores, "--tier-map", dense, "--iteration", 1, "--output", stage_1),
-                *("--dense", 0.35, "--mid-2-4", 0.45, "--topk", 0.2),
-            ),
-            "degrade_2_4_to_topk.py": (
-                *("--model", model, "--calibration", norms, "--tier-map-before", dense, "--tier-map", stage_1),
-                *("--output-tier-map", root / "tier_map.safetensors", "--output-model", root / "pruned"),
-            ),
-            "prune_oneshot.py": (
-                *("--run", arguments.run, "--model", model, *length, "--device", "cpu"),
-                *("--output-model", root / "oneshot", "--output-report", root / "oneshot.json"),
-            ),
-        }
+        states = arguments.samples * arguments.sequence_length * HIDDEN * 2 / 1e6
         allowed = 0.35 * checkpoint + states
         print(f"checkpoint {checkpoint:.0f} MB, calibration activations {states:.0f} MB, bar {allowed:.0f} MB")
-        for script, words in runs.items():
+        for name, script, words in rules(root, arguments):
             megabytes, seconds = peak(script, *words)
-            share = (megabytes - states * (script in ("calibrate.py", "prune_oneshot.py"))) / checkpoint
-            print(
-                f"{script:26s} {megabytes:6.0f} MB  {100 * share:4.1f} % of the checkpoint  {seconds:5.1f} s",
-                flush=True,
-            )
+            print(f"{name:40s} {megabytes:6.0f} MB  {seconds:6.1f} s of the processor", flush=True)
 
+
+RUNS = (
+    "oneshot/magnitude-2of4",
+    "oneshot/wanda-unstructured-0.5",
+    "oneshot/wanda-three-tier",
+    "oneshot/sparsegpt-2of4",
+    "structured/slicegpt-0.25",
+    "structured/shortgpt-2",
+    "quantised/int8",
+    "quantised/gptq4-g128",
+    "dynamic/uniform-0.5",
+)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--run", default="wanda-unstructured-0.5", help="of prune_oneshot.py (default: %(default)s)")
+    parser.add_argument("--runs", nargs="*", default=RUNS, help="compressions of the base model (default: one of each)")
     parser.add_argument("--folder", type=Path, help="where 8 GB can be written for a while")
     main(parser.parse_args())

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +25,11 @@ from .fused import Fused
 # What stands in a checkpoint beside its weights and belongs to it.
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 CHUNK_BYTES = 1 << 24
+# What safetensors calls the types.
+TYPES = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16}
+TYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+TYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+TYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 
 
 class Checkpoint:
@@ -80,12 +87,17 @@ class Checkpoint:
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._headers[self._file_of[name]][name]["shape"])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored as."""
+        stored, _ = self._part_of.get(name, (name, None))
+        return _dtype(self._file_of[stored], self._headers[self._file_of[stored]][stored])
+
     def holds_integers(self, name: str) -> bool:
         """Whether a tensor is stored as whole numbers, and what they stand for is not known here."""
         return name in self._file_of and self._headers[self._file_of[name]][name]["dtype"].startswith(("I", "U"))
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the named tensors; a file is mapped no longer than it takes to copy from it."""
+        """Copies of the named tensors."""
         names = set(names)
         parts = names & self._part_of.keys()
         sources = {self._part_of[part][0] for part in parts}
@@ -97,22 +109,13 @@ class Checkpoint:
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of tensors as the files have them, but for those stored transposed."""
-        by_file = defaultdict(list)
+        found = {}
         for name in names:
             if name not in self._file_of:
                 raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
-            by_file[self._file_of[name]].append(name)
-        found = {}
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in wanted:
-                        tensor = opened.get_tensor(name)
-                        found[name] = tensor.T.contiguous() if name in self.transposed else tensor.clone()
-            except SafetensorError as error:
-                raise UserError(
-                    f"{file}: not a readable safetensors file ({error}); copy or download it again"
-                ) from None
+            file = self._file_of[name]
+            tensor = _read_tensor(file, self._headers[file][name])
+            found[name] = tensor.T.contiguous() if name in self.transposed else tensor
         return found
 
     def matrix(self, linear: str) -> Tensor:
@@ -162,23 +165,27 @@ def rewrite_checkpoint(
     change: Callable[[dict[str, Tensor]], None],
     identity: dict[str, str],
     description: str = "write",
-    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `target` as the checkpoint `source` with its weights changed, one decoder layer in memory at a time.
 
     `change` gets the tensors of a shard by name and changes or replaces them; a tensor that keeps its name keeps its
-    type. texts: see `write_checkpoint`.
+    type.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
 
     def changed() -> Iterator[tuple[str, dict[str, Tensor]]]:
         for shard, names in progress(checkpoint.shards().items(), description):
             tensors = checkpoint.tensors(names)
-            types = {name: tensor.dtype for name, tensor in tensors.items()}
             change(tensors)
-            yield shard, {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+            as_stored_(checkpoint, tensors)
+            yield shard, tensors
 
-    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed, texts, checkpoint.fused)
+    write_checkpoint(checkpoint.folder, target, changed(), identity, checkpoint.transposed, fused=checkpoint.fused)
+
+
+def as_stored_(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Give tensors the type that those of their names have in a checkpoint; others keep theirs."""
+    tensors |= {name: tensor.to(checkpoint.dtype(name)) for name, tensor in tensors.items() if name in checkpoint}
 
 
 def write_checkpoint(
@@ -190,7 +197,8 @@ def write_checkpoint(
     texts: Mapping[str, str] | None = None,
     fused: Mapping[str, Fused] | None = None,
 ) -> None:
-    """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time.
+    """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time: when it
+    is written, the tensors are taken out of its mapping.
 
     The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
     transposed: names of the matrices, given as [out, in], that their family stores the other way round; fused: name of
@@ -209,6 +217,8 @@ def write_checkpoint(
             save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
             weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
+            # Whoever gave them still has the mapping when it reads the next ones.
+            tensors.clear()
         write_index(folder, weight_map, total_size, identity, transposed, fused)
 
 
@@ -297,15 +307,16 @@ def rewriting_layers(
             save_tensors(tensors, file, {})
             file_of.update({f"{name.rpartition('.')[0]}.weight": file for name in tensors})
 
-        def replace(tensors: dict[str, Tensor]) -> None:
-            replaced = tensors.keys() & file_of.keys()
-            for name in replaced:
-                del tensors[name]
-            for file in {file_of[name] for name in replaced}:
-                tensors.update(load_tensors(file)[0])
+        def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
+            for shard, names in progress(source.shards().items(), "write"):
+                tensors = source.tensors(name for name in names if name not in file_of)
+                for file in {file_of[name] for name in names if name in file_of}:
+                    tensors |= load_tensors(file)[0]
+                as_stored_(source, tensors)
+                yield shard, tensors
 
         yield put_aside
-        rewrite_checkpoint(source, target, replace, identity, texts=texts)
+        write_checkpoint(source.folder, target, shards(), identity, source.transposed, texts, source.fused)
 
 
 @contextmanager
@@ -384,21 +395,48 @@ def _sort_metadata(path: Path) -> None:
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one safetensors file, and its metadata; raises `UserError` when it cannot be read."""
+    path = Path(path)
     try:
+        # It checks the file, too.
         with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, opened.metadata() or {}
+            metadata = opened.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from None
+    header, _ = safetensors_header(path)
+    return {name: _read_tensor(path, entry) for name, entry in header.items() if name != "__metadata__"}, metadata
+
+
+def _read_tensor(file: Path, entry: dict) -> Tensor:
+    """One tensor by what the file's header says of it. Read and not mapped: what is copied from a map is in memory
+    twice."""
+    tensor = torch.empty(entry["shape"], dtype=_dtype(file, entry))
+    begin, end = entry["data_offsets"]
+    with _at(file, begin) as opened:
+        read = opened.readinto(tensor.flatten().view(torch.uint8).numpy())
+    if not read == tensor.nbytes == end - begin:
+        raise UserError(f"{file}: not a readable safetensors file ({entry}); copy or download it again")
+    return tensor
+
+
+def _dtype(file: Path, entry: dict) -> torch.dtype:
+    if entry["dtype"] not in TYPES:
+        raise UserError(f"{file}: a tensor of type {entry['dtype']}, which is not known here; give the model in bfloat16")
+    return TYPES[entry["dtype"]]
 
 
 def _stored_bytes(file: Path, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes of one tensor, read and not mapped, so that hashing a model takes no memory."""
-    _, start = safetensors_header(file)
-    with file.open("rb") as opened:
-        opened.seek(start + begin)
+    """The bytes of one tensor, a few at a time."""
+    with _at(file, begin) as opened:
         left = end - begin
         while left:
             chunk = opened.read(min(left, CHUNK_BYTES))
             left -= len(chunk)
             yield chunk
+
+
+def _at(file: Path, begin: int) -> BinaryIO:
+    """A safetensors file opened where its data have come to `begin`."""
+    opened = file.open("rb")
+    length = int.from_bytes(opened.read(8), "little")
+    opened.seek(8 + length + begin)
+    return opened

@@ -5,7 +5,7 @@ when needed. Nothing here knows a model family.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,18 +284,45 @@ def unload(module: nn.Module, keep: str | None = None) -> None:
 
 
 @contextmanager
-def loaded_around_layers(decoder: Decoder, without: str | None = None) -> Iterator[None]:
+def loaded_around_layers(
+    decoder: Decoder, without: str | None = None, batches: Sequence[Tensor] = ()
+) -> Iterator[None]:
     """While open, what is outside the decoder layers is loaded: embeddings, norms, head.
 
-    without: the beginning of names that are left out.
+    without: the beginning of names that are left out; batches: the tokens that the model will be given, int64, where
+    those are known: of an embedding that is not the head too, other rows take no memory.
     """
     model, inside = decoder.model, decoder.layers_name + "."
     names = [name for name in model.state_dict() if not name.startswith(inside)]
-    _load(decoder, model, "", [name for name in names if without is None or not name.startswith(without)])
+    names = [name for name in names if without is None or not name.startswith(without)]
+    on_cpu = decoder.device.type == "cpu"
+    if on_cpu and batches and (embedding := _untied_embedding(decoder, names)):
+        _load(decoder, model, "", [embedding])
+        _keep_rows_(model.get_parameter(embedding), torch.cat([batch.flatten() for batch in batches]).unique())
+        names.remove(embedding)
+    _load(decoder, model, "", names)
     try:
         yield
     finally:
         unload(model, keep=inside)
+
+
+def _untied_embedding(decoder: Decoder, names: Iterable[str]) -> str | None:
+    """Which of the named tensors is the embedding of tokens, unless another of them is the same."""
+    try:
+        module = decoder.model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    found = {f"{name}.weight" for name in _names_of(decoder.model, module)} & set(names)
+    stored = [decoder.stored.get(name) for name in names]
+    return next((name for name in found if stored.count(decoder.stored.get(name)) == 1), None)
+
+
+def _keep_rows_(weight: nn.Parameter, rows: Tensor) -> None:
+    """Hold no other rows of a weight [rows, columns]: what is never written to takes no memory."""
+    kept = torch.empty_like(weight)
+    kept[rows] = weight.data[rows]
+    weight.data = kept
 
 
 @contextmanager
@@ -308,6 +335,7 @@ def loaded_before_layers(decoder: Decoder) -> Iterator[None]:
 
 
 def load_zeros(module: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Fill the named tensors of a module with zeros, which take no memory: each is one zero all over."""
     tensors = module.state_dict()
-    zeros = {name: torch.zeros_like(tensors[name], device=device) for name in names}
+    zeros = {name: tensors[name].new_zeros((), device=device).expand(tensors[name].shape) for name in names}
     module.load_state_dict(zeros, strict=False, assign=True)

@@ -63,7 +63,7 @@ class LayerWalk:
     def logits(self) -> Iterator[Tensor]:
         """After the last layer: per batch, the logits [sequences, tokens, vocabulary] of the model's own head."""
         model = self.decoder.model
-        with loaded_around_layers(self.decoder):
+        with loaded_around_layers(self.decoder, batches=self.batches):
             for number, (batch, state) in enumerate(zip(self.batches, self.states, strict=True)):
                 with _layers_replaced(self.decoder, self._answering(number, state.to(self.decoder.device))):
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits
@@ -74,7 +74,7 @@ class LayerWalk:
         `summed`: of the loss summed over its tokens, which no batch size changes and no 16-bit type rounds to zero.
         """
         model = self.decoder.model
-        with loaded_around_layers(self.decoder):
+        with loaded_around_layers(self.decoder, batches=self.batches):
             for number, (batch, state) in enumerate(zip(self.batches, self.states, strict=True)):
                 state = state.detach().to(self.decoder.device).requires_grad_()
                 tokens = batch.to(self.decoder.device)

@@ -75,6 +75,9 @@ class QuantisedCheckpoint(Checkpoint):
             return super().shape(name)
         return tuple(super().tensors([f"{name}_shape"])[f"{name}_shape"].tolist())
 
+    def dtype(self, name: str) -> torch.dtype:
+        return super().dtype(f"{name}_scale" if name in self._parts else name)
+
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors, packed ones as the weights they stand for."""
         names = set(names)
