@@ -17,13 +17,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
-from stepdown.recover import recovery
+from stepdown.recover.settings import RecoverySettings, training_arguments
+from stepdown.recover.trainer import MaskedTrainer, Windows
 
 TOKENS, BATCH, STEPS, WARM_UP = 128, 4, 16, 4
 SPARSITY = 0.5
 
 
-class TimedTrainer(recovery._MaskedTrainer):
+class TimedTrainer(MaskedTrainer):
     """Adds up the seconds spent in masking."""
 
     masking = 0.0
@@ -70,10 +71,10 @@ def measure(bf16: bool) -> tuple[float, float]:
         name for name, module in model.model.named_modules(prefix="model") if isinstance(module, torch.nn.Linear)
     ]
     masks = {name: torch.rand(model.get_submodule(name).weight.shape) >= SPARSITY for name in linears}
-    windows = recovery._Windows(torch.randint(0, config.vocab_size, (BATCH * STEPS, TOKENS)))
-    settings = recovery.RecoverySettings(epochs=1, batch_size=BATCH, gradient_accumulation=1, bf16=bf16)
+    windows = Windows(torch.randint(0, config.vocab_size, (BATCH * STEPS, TOKENS)))
+    settings = RecoverySettings(epochs=1, batch_size=BATCH, gradient_accumulation=1, bf16=bf16)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = recovery._training_arguments(settings, Path(folder), "cpu")
+        arguments = training_arguments(settings, Path(folder), "cpu")
         arguments.set_evaluate("no")
         arguments.load_best_model_at_end = False
         arguments.set_save("no")

@@ -18,7 +18,8 @@ from stepdown.prune.calibration import squared_input_norms
 from stepdown.prune.methods import method_names
 from stepdown.prune.oneshot import prune_layers
 from stepdown.recover.distillation import load_teacher
-from stepdown.recover.recovery import RecoverySettings, recover
+from stepdown.recover.recovery import recover
+from stepdown.recover.settings import RecoverySettings
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.least_squares import masked_least_squares
 from stepdown.tensors.patterns import TierOptions, pattern_of

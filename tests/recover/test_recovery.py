@@ -31,9 +31,11 @@ import finetune
 from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.tier_maps import TierMap, dense_tier_map, write_tier_map
-from stepdown.recover import recovery
+from stepdown.recover import recovery, trainer
 from stepdown.recover.lora import MaskedLoraLinear, add_masked_adapter, match_targets
-from stepdown.recover.recovery import RecoverySettings, recover
+from stepdown.recover.recovery import recover
+from stepdown.recover.settings import RecoverySettings, training_arguments
+from stepdown.recover.trainer import MaskedTrainer, Windows
 from stepdown.recover.training_state import fingerprint, last_checkpoint, training_state
 from stepdown.tensors.tiers import keep_mask
 
@@ -139,11 +141,11 @@ def test_pruned_weights_stay_zero_and_the_others_move(tmp_path, method, bf16):
     assert embeddings_moved == (method == "full")
 
 
-def one_step_trainer(tmp_path: Path, model: nn.Module, masks: dict[str, Tensor]) -> recovery._MaskedTrainer:
+def one_step_trainer(tmp_path: Path, model: nn.Module, masks: dict[str, Tensor]) -> MaskedTrainer:
     wanted = RecoverySettings(**(SETTINGS | {"epochs": 1, "batch_size": 11, "warmup_steps": 0}))
-    windows = recovery._Windows(WINDOWS)
-    arguments = recovery._training_arguments(wanted, tmp_path, "cpu")
-    return recovery._MaskedTrainer(masks, model=model, args=arguments, train_dataset=windows, eval_dataset=windows)
+    windows = Windows(WINDOWS)
+    arguments = training_arguments(wanted, tmp_path, "cpu")
+    return MaskedTrainer(masks, model=model, args=arguments, train_dataset=windows, eval_dataset=windows)
 
 
 def test_gradients_are_clipped_by_the_norm_of_what_is_kept(tmp_path):
@@ -317,7 +319,7 @@ class Interrupt(TrainerCallback):
 def interrupted(monkeypatch, state: Path, step: int, **changed) -> None:
     """A run that is interrupted at a step, or after the last one if there is none such."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(recovery, "_FiniteLoss", lambda: Interrupt(step))
+        patch.setattr(trainer, "FiniteLoss", lambda: Interrupt(step))
         run(state, **changed)
         raise KeyboardInterrupt
 
@@ -537,7 +539,7 @@ def test_the_script_resumes_after_its_training_is_done(pruned, monkeypatch):
         patch.setattr(finetune, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         finetuned(pruned)
     assert (pruned / "state" / "checkpoints" / "checkpoint-6").exists()
-    monkeypatch.setattr(recovery._MaskedTrainer, "training_step", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(MaskedTrainer, "training_step", lambda *_: pytest.fail("it trains again"))
     finetuned(pruned)
     assert contents(pruned / "finetuned_model") == undisturbed
 

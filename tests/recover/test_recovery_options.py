@@ -19,7 +19,9 @@ from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.recover import recovery
 from stepdown.recover.distillation import Distillation, divergence, load_teacher
-from stepdown.recover.recovery import RecoverySettings, check_pruned_are_zero, recover
+from stepdown.recover.recovery import check_pruned_are_zero, recover
+from stepdown.recover.settings import RecoverySettings
+from stepdown.recover.trainer import MaskedTrainer
 
 
 def distilled(state, steps_of: dict, hidden: float = 0.0):
@@ -131,7 +133,7 @@ def test_it_stops_when_evaluations_no_longer_improve(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(recovery, "check_pruned_are_zero", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tmp_path / "again", early_stopping=2, **long)
-    monkeypatch.setattr(recovery._MaskedTrainer, "training_step", lambda *_: pytest.fail("it trains again"))
+    monkeypatch.setattr(MaskedTrainer, "training_step", lambda *_: pytest.fail("it trains again"))
     assert same(run(tmp_path / "again", early_stopping=2, **long)[0], result)
 
 

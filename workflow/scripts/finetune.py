@@ -20,13 +20,8 @@ from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
 from stepdown.recover.distillation import load_teacher
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
-from stepdown.recover.recovery import (
-    LEARNING_RATE_SCHEDULES,
-    METHODS,
-    Recovery,
-    RecoverySettings,
-    recover,
-)
+from stepdown.recover.recovery import Recovery, recover
+from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, METHODS, RecoverySettings
 from stepdown.recover.training_state import fingerprint, last_checkpoint, training_state
 from stepdown.text import parse_text, training_windows
 
