@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +41,8 @@ def rules(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str,
     tested = ("--tokens", arguments.samples * arguments.sequence_length, *length, "--model-name", "random")
     training = ("--step", "iter1", "--epochs", 0, "--text", "pydoc", "--sequence-length", arguments.sequence_length)
 
-    yield "base_model", "base_model.py", ("--model", root / "source", "--output-model", model, "--output-tier-map", dense)
+    words = ("--model", root / "source", "--output-model", model, "--output-tier-map", dense)
+    yield "base_model", "base_model.py", words
     yield "calibrate, inputs", "calibrate.py", ("--model", model, *text, "--cost", "wanda", "--output", root / "inputs")
     yield "calibrate", "calibrate.py", ("--model", model, *text, "--output", calibration)
     step = ("--model", model, "--calibration", calibration, "--device", "cpu")

@@ -4,10 +4,10 @@ import argparse
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stepdown import cli
 from stepdown.errors import UserError
@@ -15,22 +15,23 @@ from stepdown.files import check_length, weight_files, write_json
 from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
 from stepdown.models.decoder import choose_device
 from stepdown.models.linears import as_linears_
-from stepdown.models.loading import load_model, load_tokenizer
 from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
-from stepdown.recover.distillation import load_teacher
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
-from stepdown.recover.recovery import Recovery, recover
 from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, METHODS, RecoverySettings
-from stepdown.recover.training_state import fingerprint, last_checkpoint, training_state
 from stepdown.text import parse_text, training_windows
+
+# Imported where a model is trained: zero epochs do not wait for them.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stepdown.recover.recovery import Recovery
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32
 
 
 def main(arguments: argparse.Namespace) -> None:
-    _quiet_libraries()
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
     if arguments.epochs == 0:
@@ -39,6 +40,9 @@ def main(arguments: argparse.Namespace) -> None:
         pass_on_checkpoint(arguments.model, arguments.output_model)
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
+    from stepdown.recover.training_state import fingerprint, last_checkpoint, training_state
+
+    _quiet_libraries()
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
     if settings.distill_weight > 0 and arguments.teacher is None:
         raise UserError("--distill-weight: there is no teacher to learn from; name its folder with --teacher")
@@ -67,6 +71,10 @@ def _finetune(
     device: str,
 ) -> None:
     """Train the model of the command line, in this process and those beside it, and write what came of it."""
+    from stepdown.models.loading import load_model
+    from stepdown.recover.distillation import load_teacher
+    from stepdown.recover.recovery import recover
+
     _quiet_libraries()
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
@@ -110,6 +118,8 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     With `tokens_per_epoch` they are the windows of all epochs together: every epoch, and every iteration, has others,
     as long as the text lasts.
     """
+    from stepdown.models.loading import load_tokenizer
+
     text, length = parse_text(arguments.text), arguments.sequence_length
     check_length("--sequence-length", length, arguments.model)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
@@ -126,7 +136,7 @@ def _read_moments(path: Path | None) -> dict[str, Tensor]:
     return load_tensors(path)[0] if path else {}
 
 
-def _keep_masks(model: PreTrainedModel, step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
+def _keep_masks(model: "PreTrainedModel", step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
     """Masks by the model's own names of its linears; the step has those of the checkpoint."""
     own = {name: own_name for own_name, name in stored.items()}
     masks = {}
@@ -136,7 +146,7 @@ def _keep_masks(model: PreTrainedModel, step: StepMasks, stored: dict[str, str])
     return masks
 
 
-def _save(recovery: Recovery, identity: dict[str, str], stored: dict[str, str], pruned: Path, target: Path) -> None:
+def _save(recovery: "Recovery", identity: dict[str, str], stored: dict[str, str], pruned: Path, target: Path) -> None:
     """Write the finetuned checkpoint with the names and types of the pruned one, or pass that on if it was better."""
     losses = recovery.evaluations
     if recovery.best_step == 0:
@@ -155,7 +165,7 @@ def _save(recovery: Recovery, identity: dict[str, str], stored: dict[str, str], 
     rewrite_checkpoint(pruned, target, finetune, identity)
 
 
-def _stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _stored_names(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, str]:
     """Name of each tensor of the model -> its name in the checkpoint."""
     stored = stored_names(model, checkpoint.names)
     homeless = dict(model.named_parameters()).keys() - stored

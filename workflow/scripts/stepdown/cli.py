@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -87,6 +88,19 @@ def progress(items: Iterable, description: str, total: int | None = None) -> Ite
     from tqdm import tqdm
 
     return tqdm(items, desc=description, total=total, disable=None, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """For what makes many small objects that all stay, such as an import, or have no cycles, such as a syntax tree:
+    looking for garbage among them takes up to as long as making them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _give_back_freed_memory() -> None:

@@ -7,7 +7,6 @@ to paths, each file used whole.
 
 import ast
 import functools
-import gc
 import hashlib
 import inspect
 import itertools
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cli import log
+from .cli import collecting_no_garbage, log
 from .errors import UserError
 from .files import SURROGATE, check_not_pointer, distinct_names
 
@@ -420,16 +419,10 @@ def _docstrings() -> list[tuple[str, str]]:
     return documents
 
 
+@collecting_no_garbage()
 def _parse(path: Path) -> ast.Module:
-    # A tree is many small objects without cycles: looking for garbage among them takes as long as the parsing.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return ast.parse(path.read_bytes())
-    finally:
-        if collecting:
-            gc.enable()
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(path.read_bytes())
 
 
 def _sources(root: Path) -> Iterator[Path]:

@@ -420,7 +420,7 @@ def _read_tensor(file: Path, entry: dict) -> Tensor:
 
 def _dtype(file: Path, entry: dict) -> torch.dtype:
     if entry["dtype"] not in TYPES:
-        raise UserError(f"{file}: a tensor of type {entry['dtype']}, which is not known here; give the model in bfloat16")
+        raise UserError(f"{file}: a tensor of the unknown type {entry['dtype']}; give the model in bfloat16")
     return TYPES[entry["dtype"]]
 
 

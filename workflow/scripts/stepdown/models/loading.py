@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..cli import log
+from ..cli import collecting_no_garbage, log
 from ..errors import UserError
 
 # Of a reason; some libraries write pages.
@@ -26,6 +26,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remo
     )
 
 
+@collecting_no_garbage()
 def build_model(
     folder: Path | str, build: Callable[[PretrainedConfig], nn.Module], trust_remote_code: bool = False
 ) -> nn.Module:
@@ -53,6 +54,7 @@ def build_model(
             return model
 
 
+@collecting_no_garbage()
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises `UserError` where it has tokens that the embedding has no row for."""
     has_one = (Path(folder) / "tokenizer.json").is_file()

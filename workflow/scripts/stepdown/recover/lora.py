@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import save_tensors
-
-ALL_LINEAR = "all-linear"
+from .settings import ALL_LINEAR
 
 
 class MaskedLoraLinear(lora.Linear):

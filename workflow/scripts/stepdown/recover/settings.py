@@ -3,14 +3,19 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import TrainingArguments
 
 from ..errors import UserError
-from .distillation import Distillation
-from .lora import ALL_LINEAR
 
+# What only looks at settings, such as zero epochs, should not wait seconds for these.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from .distillation import Distillation
+
+ALL_LINEAR = "all-linear"
 METHODS = ("full", "lora")
 # Our names of the learning-rate schedules, and the Trainer's.
 LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -77,8 +82,10 @@ class RecoverySettings:
     def windows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation * self.processes
 
-    def distillation(self, teacher: nn.Module | None) -> Distillation | None:
+    def distillation(self, teacher: nn.Module | None) -> "Distillation | None":
         """How to learn from the teacher, if at all."""
+        from .distillation import Distillation
+
         if teacher is None or self.distill_weight == 0:
             return None
         return Distillation(teacher, self.distill_weight, self.distill_temperature, self.distill_hidden_states)
@@ -88,7 +95,9 @@ class RecoverySettings:
             raise UserError(f"recovery: {name} is {getattr(self, name)!r}: give {wanted}")
 
 
-def training_arguments(settings: RecoverySettings, state: Path, device: str) -> TrainingArguments:
+def training_arguments(settings: RecoverySettings, state: Path, device: str) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
     return TrainingArguments(
         output_dir=str(state),
         num_train_epochs=settings.epochs,
