@@ -126,8 +126,9 @@ def change_layers(
             if gather:
                 layer.replay(advance=False)
         for name, linear in layer.linears.items():
+            # No longer held than until the weight is made: a Hessian may be larger than the layer.
             statistics = {
-                statistic: added(earlier.pop((statistic, name), None), values.get(name))
+                statistic: added(earlier.pop((statistic, name), None), values.pop(name, None))
                 for statistic, values in found.items()
             }
             if name in layer.used_later:

@@ -55,9 +55,12 @@ def refit_layers(
                 if name in layer.used_later:
                     earlier[name] = hessian, cross
                     continue
-                weight, dense_weight = layer.linears[name].weight, dense_layer.linears[name].weight
+                weight = layer.linears[name].weight
                 free = keep(name, weight.cpu()).to(weight.device)
-                weight.copy_(masked_least_squares(weight, free, hessian, dense_weight.float() @ cross, damping))
+                target = dense_layer.linears[name].weight.float() @ cross
+                if name == names[-1]:
+                    del moments, cross
+                weight.copy_(masked_least_squares(weight, free, hessian, target, damping))
         layer.replay()
         dense_layer.replay()
         yield layer
@@ -71,12 +74,14 @@ def _tell_left_out(names: Collection[str]) -> None:
 def _moments(layer: LoadedLayer, dense_layer: LoadedLayer, name: str) -> tuple[Tensor, Tensor] | None:
     """Of inputs x of a linear and z of it in the dense model, sums over all tokens of x'x and z'x, [in, in] each; None
     for an expert that is given all tokens of the first batch, but not of all."""
-    hessian = cross = 0.0
-    per_token = None
+    hessian = cross = per_token = None
     for batch, tokens in enumerate(layer.walk.batches):
         x, z = layer.inputs(name, batch), dense_layer.inputs(name, batch)
         per_token = per_token or Fraction(len(x), tokens.numel())
         if not len(x) == len(z) == per_token * tokens.numel():
             return None
-        hessian, cross = hessian + x.T @ x, cross + z.T @ x
+        if hessian is None:
+            hessian, cross = (x.new_zeros(x.shape[1], x.shape[1]) for _ in range(2))
+        hessian.addmm_(x.T, x)
+        cross.addmm_(z.T, x)
     return hessian, cross
