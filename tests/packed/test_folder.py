@@ -207,9 +207,11 @@ def test_metadata_that_say_nonsense(packed, shapes):
 
 
 def test_a_wrong_shape(packed):
-    shapes = json.dumps({NAME: [688, 272]})
-    rewrite_shard(packed, lambda tensors: None, {"shapes": shapes})
-    refused(packed, NAME)
+    with safe_open(shard(packed), "pt") as opened:
+        shapes = json.loads(opened.metadata()["shapes"])
+    # As many blocks as there are.
+    rewrite_shard(packed, lambda tensors: None, {"shapes": json.dumps(shapes | {NAME: [688, 250]})})
+    refused(packed, rf"config.json makes {NAME}.weight \[688, 256\], the files hold \[688, 250\]")
 
 
 def test_a_later_version(packed):

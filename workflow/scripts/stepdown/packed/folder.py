@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..cli import progress
 from ..errors import UserError
-from ..files import safetensors_header, write_json
+from ..files import read_json_object, safetensors_header, write_json
 from ..models.checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
 from .format import BLOCK_SIZE, PARTS, PackedMatrix, check, pack
 
 FORMAT = "stepdown packed 1"
 INDEX_NAME = "packed.json"
+# By which transformers knows such a folder: `auto_model`.
+QUANT_METHOD = "stepdown"
 
 
 def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str, target: Path | str) -> float:
@@ -37,6 +39,9 @@ def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str
     with new_folder(target) as folder:
         for file in side_files(checkpoint.folder):
             shutil.copyfile(file, folder / file.name)
+        config = read_json_object(checkpoint.folder / "config.json")
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT}
+        write_json(folder / "config.json", config)
         hashes = {}
         for shard, names in progress(checkpoint.shards().items(), "pack"):
             file = folder / f"{shard}.safetensors"
@@ -93,15 +98,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checkpoint_names(folder: Path, index: dict) -> list[str]:
-    """The names a checkpoint of the same model would have, without reading any tensor."""
-    names: set[str] = set()
+def shapes_in(folder: Path, index: dict) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Name -> shape of the ordinary tensors and of the packed matrices, without reading any."""
+    ordinary, matrices = {}, {}
     for file in index["sha256"]:
         header, _ = safetensors_header(folder / file)
         shapes = _shapes(folder / file, header.pop("__metadata__", {}))
-        names |= {name for name in header if name.rpartition(".")[0] not in shapes or name.endswith(".bias")}
-        names |= {f"{name}.weight" for name in shapes}
-    return sorted(names)
+        matrices |= shapes
+        for name, entry in header.items():
+            linear, _, part = name.rpartition(".")
+            if linear not in shapes or part == "bias":
+                ordinary[name] = tuple(entry["shape"])
+    return ordinary, matrices
 
 
 def _pack_shard(

@@ -1,10 +1,11 @@
 """A packed folder as a Hugging Face model whose linears run packed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cli import progress
 from ..errors import UserError
@@ -12,8 +13,7 @@ from ..models.decoder import build_empty, choose_device, types_of
 from ..models.linears import as_linears_, replace_module
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
-from .folder import checkpoint_names, read_index, read_shard
-from .format import PackedMatrix
+from .folder import read_index, read_shard, shapes_in
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
 
 if TYPE_CHECKING:
@@ -36,42 +36,58 @@ def load_packed(
     index = read_index(folder)
     kernel = choose_kernel(kernel, place)
     model = build_empty(folder, trust_remote_code).eval()
-    as_linears_(model)
-    stored = stored_names(model, checkpoint_names(folder, index))
-    types = types_of(model, torch.bfloat16)
-    for file in progress(index["sha256"], "load"):
-        tensors, matrices = read_shard(folder / file, index)
-        _load_shard(model, stored, types, tensors, matrices, kernel, place)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise UserError(f"{folder}: no tensor for {missing[0]}; was it packed from this model? pack it again")
-    _pack_head(model, kernel)
+    fill(model, name_tensors(model, folder, index), folder, index, kernel, place)
     return model.to(place).requires_grad_(False)
 
 
-def _load_shard(
-    model: nn.Module,
-    stored: dict[str, str],
-    types: dict[str, torch.dtype],
-    tensors: dict[str, Tensor],
-    matrices: dict[str, PackedMatrix],
-    kernel: str,
-    place: torch.device,
-) -> None:
-    """Put what one file holds where the model has it; stored: name in the model -> name in the file; types: the same
-    name -> what it is loaded as."""
-    own = {
-        name: tensors[source].to(place, types[name] if tensors[source].is_floating_point() else None)
+@dataclass(frozen=True)
+class Names:
+    """stored: name of each tensor of a model -> name in the folder; types: the same name -> what it is loaded as;
+    linears: name of each linear of the model that is packed -> name in the folder."""
+
+    stored: dict[str, str]
+    types: dict[str, torch.dtype]
+    linears: dict[str, str]
+
+
+def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
+    """Where a model, still without weights, has what is in a packed folder; all its matrices become linears of their
+    own. Raises `UserError` for a tensor of the model that the folder has not, or has in another shape."""
+    as_linears_(model)
+    ordinary, matrices = shapes_in(folder, index)
+    shapes = ordinary | {f"{name}.weight": shape for name, shape in matrices.items()}
+    stored = stored_names(model, sorted(shapes))
+    for name, parameter in model.named_parameters():
+        if name not in stored:
+            raise UserError(f"{folder}: no tensor for {name}; was it packed from this model? pack it again")
+        if shapes[stored[name]] != parameter.shape:
+            raise UserError(
+                f"{folder}: config.json makes {name} {list(parameter.shape)}, the files hold"
+                f" {list(shapes[stored[name]])}; take both from the same model"
+            )
+    linears = {
+        name.removesuffix(".weight"): source.removesuffix(".weight")
         for name, source in stored.items()
-        if source in tensors
+        if source.removesuffix(".weight") in matrices
     }
-    for name, source in stored.items():
-        linear = source.removesuffix(".weight")
-        if linear in matrices:
-            module = name.removesuffix(".weight")
-            bias = own.get(f"{module}.bias")
-            replace_module(model, module, ThreeTierLinear(matrices[linear].to(device=place), bias, kernel))
-    model.load_state_dict(own, strict=False, assign=True)
+    return Names(stored, types_of(model, torch.bfloat16), linears)
+
+
+def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
+    """Put into a model what a packed folder holds, one decoder layer at a time, each checked; raises `UserError`."""
+    for file in progress(index["sha256"], "load"):
+        tensors, matrices = read_shard(folder / file, index)
+        own = {
+            name: tensors[source].to(place, names.types[name] if tensors[source].is_floating_point() else None)
+            for name, source in names.stored.items()
+            if source in tensors
+        }
+        for name, source in names.linears.items():
+            if source in matrices:
+                matrix, bias = matrices[source].to(device=place), own.pop(f"{name}.bias", None)
+                replace_module(model, name, ThreeTierLinear(matrix, bias, kernel))
+        model.load_state_dict(own, strict=False, assign=True)
+    _pack_head(model, kernel)
 
 
 def _pack_head(model: nn.Module, kernel: str) -> None:
@@ -80,3 +96,6 @@ def _pack_head(model: nn.Module, kernel: str) -> None:
     if kernel in INSTRUCTIONS and isinstance(head, nn.Linear):
         name = next(name for name, module in model.named_modules() if module is head)
         replace_module(model, name, dense_linear(head.weight, head.bias, kernel))
+        # Whoever ties weights later finds none to tie.
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

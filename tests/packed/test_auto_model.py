@@ -1,0 +1,139 @@
+"""A packed folder where transformers loads models by itself: `from_pretrained`, `pipeline`, and what is not whole."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model
+from three_tiers import pack_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import stepdown.packed.auto_model  # noqa: F401, packed folders are known from here on
+from stepdown.errors import UserError
+from stepdown.packed.linear import ThreeTierLinear
+from stepdown.packed.model import load_packed
+
+BUNDLED = Path(__file__).parents[2] / "resources/pydoc-llama"
+SCRIPTS = Path(__file__).parents[2] / "workflow/scripts"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The bundled model pruned and packed."""
+    folder = tmp_path_factory.mktemp("bundled")
+    pack_model(BUNDLED, folder)
+    return folder / "packed"
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    """A copy to be damaged."""
+    return shutil.copytree(packed, tmp_path / "packed")
+
+
+def tokens(count=24):
+    return torch.randint(2, 128, (2, count), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_is_the_model_of_load_packed(packed, caplog):
+    model, ours = AutoModelForCausalLM.from_pretrained(packed, device_map="cpu"), load_packed(packed, device="cpu")
+    # No word of what transformers missed or found too much.
+    assert not caplog.records
+    assert {name for name, module in model.named_modules() if isinstance(module, ThreeTierLinear)} == {
+        name for name, module in ours.named_modules() if isinstance(module, ThreeTierLinear)
+    }
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert torch.equal(model(tokens()).logits, ours(tokens()).logits)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(tokens(), **options), ours.generate(tokens(), **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+@torch.no_grad()
+def test_families(family, tmp_path):
+    """Untied and tied heads, matrices held transposed, biases, experts."""
+    pack_model(make_model(family, tmp_path / "base"), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cpu")
+    assert torch.equal(model(tokens()).logits, load_packed(tmp_path / "packed", device="cpu")(tokens()).logits)
+
+
+def test_a_pipeline(packed):
+    generate = pipeline("text-generation", model=str(packed))
+    assert any(isinstance(module, ThreeTierLinear) for module in generate.model.modules())
+    prompt = "Return the length of the"
+    text = generate(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    inputs = AutoTokenizer.from_pretrained(packed)(prompt, return_tensors="pt")
+    theirs = load_packed(packed).generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    assert text == generate.tokenizer.decode(theirs, skip_special_tokens=True)
+
+
+def refused(folder, match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit(copied):
+    file = copied / "model.layers.2.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    refused(copied, "model.layers.2.safetensors: .*sha256 differs")
+
+
+@pytest.mark.parametrize("file", ["packed.json", "model.layers.2.safetensors"])
+def test_a_missing_file(copied, file):
+    (copied / file).unlink()
+    refused(copied, f"{file}.*pack")
+
+
+def test_a_configuration_of_another_model(copied):
+    for load in (load_packed, AutoModelForCausalLM.from_pretrained):
+        config = json.loads((copied / "config.json").read_text())
+        config["vocab_size"] += 8
+        (copied / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="take both from the same model") as caught:
+            load(copied)
+        assert "\n" not in str(caught.value)
+
+
+def test_several_devices(packed):
+    refused(packed, "device_map: .*one device, found cpu, disk", device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_it_is_not_saved_as_something_else(packed, tmp_path):
+    with pytest.raises(ValueError, match="stepdown"):
+        AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path)
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(SCRIPTS)})
+
+
+def test_where_the_module_is_not_imported_nothing_is_loaded(packed):
+    """Rather than a model of which most is random."""
+    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    finished = run(code, packed)
+    assert finished.returncode == 1 and "OSError" in finished.stderr and "model.safetensors" in finished.stderr
+
+
+def test_importing_the_package_stays_cheap():
+    finished = run("import sys, stepdown; assert not {'torch', 'transformers'} & set(sys.modules)")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_lm_eval(packed):
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    harness = lm_eval.HFLM(pretrained=str(packed), device="cpu")
+    assert any(isinstance(module, ThreeTierLinear) for module in harness.model.modules())
+    request = Instance("loglikelihood", {}, ("Return the length", " of the list"), 0)
+    ((likelihood, _),) = harness.loglikelihood([request], disable_tqdm=True)
+    assert -60 < likelihood < 0

@@ -1,0 +1,92 @@
+"""Packed folders for transformers' own `from_pretrained`: importing this module is all it takes.
+
+    import stepdown.packed.auto_model
+    model = AutoModelForCausalLM.from_pretrained("results/iter5/packed")
+
+and so for whatever loads models by it: `pipeline`, lm-eval's `hf`, `transformers serve`. The folder's config.json says
+`"quant_method": "stepdown"`, which transformers looks up in a table that this module adds to. transformers builds the
+model and ties its weights; the folder is read and checked by `model.fill`, as in `load_packed`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import UserError
+from ..models.decoder import build_empty
+from ..models.linears import replace_module
+from .folder import QUANT_METHOD, read_index
+from .linear import choose_kernel
+from .model import fill, name_tensors
+
+# What belongs to no decoder layer. It is the one file that transformers reads as well; a folder without a
+# model.safetensors is one that transformers refuses, and does not fill at random, where this module is not imported.
+REST = "rest.safetensors"
+
+
+@register_quantization_config(QUANT_METHOD)
+@dataclass
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder."""
+
+    quant_method: str = QUANT_METHOD
+    format: str = ""
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Puts three-tier linears where the model has dense ones; for running a model, in bf16 on one device."""
+
+    def update_device_map(self, device_map: dict | str | None) -> dict | None:
+        """A GPU where there is one, unless a device is named; raises `UserError` for several."""
+        if not isinstance(device_map, dict):
+            device_map = {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
+        devices = sorted({str(device) for device in device_map.values()})
+        if len(devices) > 1:
+            raise UserError(f"device_map: a packed model runs on one device, found {', '.join(devices)}; name one")
+        return device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # The last word before files are looked for.
+        config.transformers_weights = REST
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str], device_map: dict, **_: object
+    ) -> None:
+        self._folder = Path(checkpoint_files[0]).parent
+        self._index = read_index(self._folder)
+        self._place = torch.device(next(iter(device_map.values())))
+        self._kernel = choose_kernel("auto", self._place)
+        self._names = name_tensors(model, self._folder, self._index)
+        for name in self._names.linears:
+            # Without parameters, so that none is made room for.
+            replace_module(model, name, nn.Identity())
+        # What is missing or too much is told by `read_shard` and `name_tensors`, and nothing stays at random.
+        model._keys_to_ignore_on_load_missing = model._keys_to_ignore_on_load_unexpected = {""}
+        for module in model.modules():
+            module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
+        for name, buffer in build_empty(self._folder, model.is_remote_code()).named_buffers():
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._buffers[own] = buffer.to(self._place)
+        fill(model, self._names, self._folder, self._index, self._kernel, self._place)
+        return model.requires_grad_(False)
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        """The folder it was loaded from is what there is to copy."""
+        return False
