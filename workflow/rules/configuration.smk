@@ -14,6 +14,7 @@ from stepdown.errors import UserError
 from stepdown.plan import command_lines, fingerprints
 from stepdown.plan.command_lines import flags
 from stepdown.plan.compressions import check_step
+from stepdown.plan.gguf_families import gguf_architecture
 from stepdown.plan.gguf_header import is_gguf, read_gguf_header
 from stepdown.plan.preflight import (
     SPLITS_READ,

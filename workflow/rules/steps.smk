@@ -48,6 +48,14 @@ def source_model(wildcards):
     return model_ready(wildcards.source)
 
 
+def exported_model(wildcards):
+    """The model of a step; a family that is not written to GGUF is refused before anything runs."""
+    if folder := local_model(MODEL):
+        with one_line():
+            gguf_architecture(folder)
+    return source_model(wildcards)
+
+
 def compressed_model(wildcards):
     return model_ready(wildcards.compressed)
 
