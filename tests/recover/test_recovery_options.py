@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recovery import SETTINGS, WINDOWS, command, finetuned, prune, pruned, run, same, tiny_llama  # noqa: F401
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import finetune
 from stepdown.errors import UserError
@@ -190,10 +191,39 @@ def test_going_on_with_the_moments_is_going_on(tmp_path):
 # ---------------------------------------------------------------- several processes
 
 
+def tiny_mixtral() -> MixtralForCausalLM:
+    """More experts than the tokens of a small batch reach."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=48,
+        max_position_embeddings=32,
+    )
+    return MixtralForCausalLM(config)
+
+
+def other_model(pruned):  # noqa: F811
+    """A folder with a model like the pruned one, none of whose weights are its."""
+    model = AutoModelForCausalLM.from_pretrained(pruned / "pruned_model")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(pruned / "teacher")
+    return pruned / "teacher"
+
+
 @pytest.mark.parametrize("how", [[], ["--sharded"]], ids=["whole", "sharded"])
-def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned, how):  # noqa: F811
+@pytest.mark.parametrize("distilled", [False, True], ids=["text", "distilled"])
+@pytest.mark.parametrize("pruned", [tiny_llama, tiny_mixtral], indirect=True, ids=["dense", "experts"])
+def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned, distilled, how):  # noqa: F811
     curves = []
+    teacher = {"distill_weight": 0.9, "teacher": other_model(pruned)} if distilled else {}
     for changed, words in (({"gradient_accumulation": 2}, []), ({"gradient_accumulation": 1, "processes": 2}, how)):
+        changed |= teacher
         # 16 windows in batches of 2: no half-filled batch, which one process would weigh otherwise than two.
         words = [*command(pruned, batch_size=2, tokens_per_epoch=256, **changed), "--no-bf16", *words]
         finetune.main(finetune._parser().parse_args(words))

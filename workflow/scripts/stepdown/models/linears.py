@@ -58,7 +58,9 @@ class SeparateExperts(nn.ModuleList):
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
         for number, expert in enumerate(self):
             token, place = torch.where(top_k_index == number)
-            if len(token) == 0:
+            # While it trains, an expert without tokens takes part too: its gradient is zero and not missing, as in
+            # the fused form, and processes that add up their gradients wait for one of every parameter.
+            if len(token) == 0 and not self.training:
                 continue
             inner = self.act(self._inner(expert, hidden_states[token]))
             weighted = expert["down_proj"](inner) * top_k_weights[token, place, None]
