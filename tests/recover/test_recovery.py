@@ -276,6 +276,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ("learning_rate", math.inf),
         ("weight_decay", -0.1),
         ("method", "prefix"),
+        ("memory", "none"),
+        ("memory", "low"),  # in float32
         ("learning_rate_schedule", "exponential"),
         ("lora_dropout", 1.0),
     ],
@@ -331,7 +333,12 @@ def same(one: recovery.Recovery, other: recovery.Recovery) -> bool:
     return one.log == other.log and all(torch.equal(a, b) for a, b in pairs)
 
 
-RUNS = {"full": {}, "lora": {"method": "lora", "lora_dropout": 0.2}, "renamed on disk": {"build": tiny_neox}}
+RUNS = {
+    "full": {},
+    "lora": {"method": "lora", "lora_dropout": 0.2},
+    "renamed on disk": {"build": tiny_neox},
+    "low memory": {"build": lambda: tiny_llama().bfloat16(), "memory": "low", "bf16": True},
+}
 
 
 @pytest.fixture(scope="module", params=RUNS)

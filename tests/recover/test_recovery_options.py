@@ -172,7 +172,7 @@ def test_going_on_with_the_moments_is_going_on(tmp_path):
     def train(model, masks, name, epochs, warmup_steps, moments=None):
         wanted = RecoverySettings(**(SETTINGS | constant | {"epochs": epochs, "warmup_steps": warmup_steps}))
         (tmp_path / name).mkdir()
-        return recover(model, masks, four, four, wanted, tmp_path / name, moments=moments)
+        return recover(model, masks, four, four, wanted, tmp_path / name, moments=moments, keep_moments=True)
 
     model = tiny_llama()
     masks = prune(model)

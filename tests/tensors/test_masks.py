@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdown.tensors.masks import keep_n_of_m, keep_top_k
+from stepdown.tensors.masks import as_bits, from_bits, keep_n_of_m, keep_top_k
 
 
 def metrics(rows: int, columns: int, seed: int, levels: int) -> torch.Tensor:
@@ -49,3 +49,11 @@ def test_what_is_not_there_is_never_kept():
 def test_nothing_in_nothing_out():
     assert keep_top_k(torch.empty(0, 16), torch.empty(0, dtype=torch.int64)).shape == (0, 16)
     assert keep_n_of_m(torch.empty(0, 16), 2, 4).shape == (0, 16)
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 99))
+def test_bits_hold_a_mask(rows, columns, seed):
+    keep = metrics(rows, columns, seed, 2).bool()
+    bits = as_bits(keep)
+    assert bits.nbytes == -(-keep.numel() // 8)
+    assert torch.equal(from_bits(bits, keep.shape), keep.to(torch.uint8))

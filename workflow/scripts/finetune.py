@@ -17,8 +17,9 @@ from stepdown.models.decoder import choose_device
 from stepdown.models.linears import as_linears_
 from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
+from stepdown.plan.training_memory import check_memory, read_model_size
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
-from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, METHODS, RecoverySettings
+from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, MEMORY, METHODS, RecoverySettings
 from stepdown.text import parse_text, training_windows
 
 # Imported where a model is trained: zero epochs do not wait for them.
@@ -76,9 +77,13 @@ def _finetune(
     from stepdown.recover.recovery import recover
 
     _quiet_libraries()
+    size = read_model_size(arguments.model)
+    if device == "cuda" and size:
+        found = torch.cuda.get_device_properties(0).total_memory
+        check_memory(size, settings.plan(arguments.sequence_length), found)
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
-    model = load_model(arguments.model, torch.float32, arguments.trust_remote_code)
+    model = load_model(arguments.model, settings.weights_dtype, arguments.trust_remote_code)
     as_linears_(model)
     stored = _stored_names(model, checkpoint)
     masks = _keep_masks(model, step, stored)
@@ -97,6 +102,7 @@ def _finetune(
         _read_moments(arguments.optimizer),
         tensorboard=arguments.tensorboard,
         adapter=arguments.output_adapter,
+        keep_moments=arguments.output_optimizer is not None,
     )
     if is_first():
         if arguments.output_optimizer:
@@ -209,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option per field of RecoverySettings, with its default."""
-    choices = {"method": METHODS, "learning_rate_schedule": list(LEARNING_RATE_SCHEDULES)}
+    choices = {"method": METHODS, "memory": MEMORY, "learning_rate_schedule": list(LEARNING_RATE_SCHEDULES)}
     for field in fields(RecoverySettings):
         option = f"--{field.name.replace('_', '-')}"
         if field.name == "epochs":

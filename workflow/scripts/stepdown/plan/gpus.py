@@ -56,6 +56,16 @@ def driver_listing() -> str:
         return "".join(file.read_text() for file in sorted(DRIVER.glob("gpus/*/information")))
 
 
+def memory_of_gpus() -> list[int]:
+    """Bytes of each GPU of the machine, where NVIDIA's tool is there to tell."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [int(line) << 20 for line in listing.split() if line.isdigit()]
+
+
 def lock_free(devices: list[str], count: int, folder: Path) -> list[str]:
     """Lock `count` of the devices that nobody has locked, and name them; none if there are fewer."""
     claimed = {}

@@ -17,7 +17,9 @@ from ..files import (
     weight_files,
 )
 from .gguf_header import is_gguf, read_gguf_header
+from .gpus import memory_of_gpus, visible_gpus
 from .model_files import check_model
+from .training_memory import TrainingPlan, check_memory, read_model_size
 
 CORPORA = ("pydoc", "wikitext2", "c4")
 TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
@@ -139,6 +141,10 @@ def check_inputs(config: dict) -> None:
             check_adapter_targets(config["recovery"]["lora"]["targets"], folder)
     if config["recovery"]["sharded"] and config["recovery"]["processes"] == 1:
         raise UserError("config key recovery.sharded: found true with one process; raise recovery.processes")
+    if config["recovery"]["memory"] == "low" and not config["recovery"]["bf16"]:
+        raise UserError("config key recovery.memory: found low, which computes in bfloat16; set recovery.bf16: true")
+    if folder and config["device"] != "cpu":
+        check_training_memory(config["recovery"], folder)
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
@@ -219,6 +225,16 @@ def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
         if not fits and all(len(shape) < 3 for shape in shapes.values()):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
             raise UserError(f"config key recovery.lora.targets: found {target!r}; {folder} has {known}, or all-linear")
+
+
+def check_training_memory(recovery: dict, folder: Path) -> None:
+    """A training must fit into the largest GPU of this machine; nothing is said where there is none."""
+    found = max(memory_of_gpus(), default=None)
+    if found and visible_gpus() and (size := read_model_size(folder)):
+        same = ("method", "memory", "batch_size", "sequence_length", "processes", "sharded", "gradient_checkpointing")
+        values = {name: recovery[name] for name in same}
+        distilled, rank = recovery["distill"]["weight"] > 0, recovery["lora"]["rank"]
+        check_memory(size, TrainingPlan(distilled=distilled, lora_rank=rank, **values), found)
 
 
 def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_length: int) -> None:

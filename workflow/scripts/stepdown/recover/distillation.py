@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..models.loading import load_model
+from .losses import divergence
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,6 @@ def load_teacher(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """
     teacher = load_model(folder, torch.bfloat16, trust_remote_code)
     return teacher.eval().requires_grad_(False)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of next-token distributions at temperature T, mean over tokens.
-
-    student, teacher: logits [..., vocabulary]. T^2 keeps the gradient's size whatever the temperature.
-    """
-    ours, theirs = ((logits.float() / temperature).flatten(0, -2).log_softmax(-1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
 def relative_distance(student: Tensor, teacher: Tensor) -> Tensor:

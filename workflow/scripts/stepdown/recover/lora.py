@@ -43,8 +43,8 @@ class MaskedLoraLinear(lora.Linear):
         delta = self.get_delta_weight(adapter)
         dropout = self.lora_dropout[adapter]
         if self.training and not isinstance(dropout, nn.Identity):
-            return self.base_layer(x) + F.linear(dropout(x), delta)
-        return F.linear(x, self.weight + delta, self.bias)
+            return self.base_layer(x) + F.linear(dropout(x), delta.to(x.dtype))
+        return F.linear(x, (self.weight + delta).to(self.weight.dtype), self.bias)
 
 
 def add_masked_adapter(

@@ -16,8 +16,9 @@ from transformers.trainer_callback import TrainerState
 
 from ..errors import UserError
 from .lora import add_masked_adapter, save_adapter
+from .losses import use_chunked_cross_entropy_
 from .processes import is_first
-from .settings import RecoverySettings, training_arguments
+from .settings import RecoverySettings, optimizer_of, training_arguments
 from .sharding import shard_, unshard_
 from .trainer import MaskedTrainer, ShardedTrainer, Windows, moments_of
 from .training_callbacks import EarlyStop, TensorBoard
@@ -30,7 +31,7 @@ class Recovery:
 
     log: rows {"step", "epoch", "loss", "learning_rate"} of every step and {"step", "epoch", "eval_loss"} of every
     evaluation, the one before the first step included; tokens: trained on, all epochs together; moments: of the
-    optimizer after the last step, see `moments_of`.
+    optimizer after the last step, see `moments_of`, if they were asked for.
     """
 
     model: PreTrainedModel
@@ -65,41 +66,67 @@ def recover(
     moments: Mapping[str, Tensor] | None = None,
     tensorboard: Path | None = None,
     adapter: Path | None = None,
+    keep_moments: bool = False,
 ) -> Recovery:
-    """Finetune a float32 model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
+    """Finetune a model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
 
+    The model is of `settings.weights_dtype`.
     `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
     `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
-    tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way. Raises
-    UserError when there is no text, when LoRA targets match nothing, and when the loss is not finite.
+    tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way; keep_moments:
+    whether the optimizer is wanted too. Raises UserError when there is no text, when LoRA targets match nothing, and
+    when the loss is not finite.
     """
-    for name, given in (("training", windows), ("evaluation", evaluation_windows)):
-        if len(given) == 0:
-            raise UserError(
-                f"recovery: the {name} text is shorter than one window: shorten sequence_length or give more text"
-            )
+    _check_texts(training=windows, evaluation=evaluation_windows)
     transformers.set_seed(settings.seed)
+    use_chunked_cross_entropy_(model)
     if settings.method == "lora":
         shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
         model = add_masked_adapter(model, keep_masks, *shape)
     training = training_arguments(settings, state, device)
-    if settings.sharded:
-        for each in filter(None, (model, teacher)):
-            shard_(each, training.device.type)
-    elif teacher is not None:
-        teacher.to(training.device)
+    _place(model, teacher, settings.sharded, training.device)
     trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
         # An adapter's own mask does all there is to do.
         {} if settings.method == "lora" else keep_masks,
         settings.distillation(teacher),
         moments,
+        settings.memory == "low",
         model=model,
         args=training,
         train_dataset=Windows(windows),
         eval_dataset=Windows(evaluation_windows),
+        optimizer_cls_and_kwargs=optimizer_of(settings),
     )
     _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
-    moments = moments_of(trainer)
+    moments = moments_of(trainer) if keep_moments else {}
+    model = _finished(model, keep_masks, settings, adapter)
+    log = _curve(trainer.state.log_history)
+    tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
+    tokens = min(tokens, settings.epochs * windows.numel())
+    return Recovery(model, log, trainer.state.global_step, tokens, moments)
+
+
+def _check_texts(**windows: Tensor) -> None:
+    for name, given in windows.items():
+        if len(given) == 0:
+            raise UserError(
+                f"recovery: the {name} text is shorter than one window: shorten sequence_length or give more text"
+            )
+
+
+def _place(model: nn.Module, teacher: nn.Module | None, sharded: bool, device: torch.device) -> None:
+    """Put what the Trainer does not put where it is needed."""
+    if sharded:
+        for each in filter(None, (model, teacher)):
+            shard_(each, device.type)
+    elif teacher is not None:
+        teacher.to(device)
+
+
+def _finished(
+    model: PreTrainedModel, keep_masks: Mapping[str, Tensor], settings: RecoverySettings, adapter: Path | None
+) -> PreTrainedModel:
+    """What was trained as a model like the one before, in the first process: whole, and its adapter merged."""
     if settings.sharded:
         unshard_(model)
     if is_first():
@@ -108,10 +135,7 @@ def recover(
                 save_adapter(model, adapter)
             model = model.merge_and_unload()
         check_pruned_are_zero(model, keep_masks)
-    log = _curve(trainer.state.log_history)
-    tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
-    tokens = min(tokens, settings.epochs * windows.numel())
-    return Recovery(model, log, trainer.state.global_step, tokens, moments)
+    return model
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..errors import UserError
+from ..plan.training_memory import TrainingPlan
 
 # What only looks at settings, such as zero epochs, should not wait seconds for these.
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 METHODS = ("full", "lora")
+MEMORY = ("full", "low")
 # Our names of the learning-rate schedules, and the Trainer's.
 LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -28,8 +31,8 @@ class RecoverySettings:
     A step is one update of the weights: `batch_size * gradient_accumulation` windows in each of the `processes`.
     `evaluation_steps` counts steps between evaluations, each of which is also a checkpoint to resume from;
     `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. `sharded`
-    spreads the model over the processes, which otherwise each hold all of it. For distillation see
-    `distillation.Distillation`.
+    spreads the model over the processes, which otherwise each hold all of it. memory: `full` trains float32 weights,
+    `low` bfloat16 ones with `BFloat16AdamW`. For distillation see `distillation.Distillation`.
     """
 
     epochs: int
@@ -51,6 +54,7 @@ class RecoverySettings:
     distill_weight: float = 0.0
     distill_temperature: float = 1.0
     distill_hidden_states: float = 0.0
+    memory: str = "full"
     gradient_checkpointing: bool = False
     early_stopping: int = 0
     processes: int = 1
@@ -72,8 +76,10 @@ class RecoverySettings:
             self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
         for name in ("weight_decay", "warmup_steps", "seed", "early_stopping", "distill_hidden_states"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        for name, known in (("method", METHODS), ("learning_rate_schedule", LEARNING_RATE_SCHEDULES)):
+        choices = {"method": METHODS, "memory": MEMORY, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
+        for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
+        self._require("memory", self.bf16 or self.memory == "full", "full, or bf16, in which low computes")
         self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
         self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
@@ -81,6 +87,17 @@ class RecoverySettings:
     @property
     def windows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation * self.processes
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What the weights of the model are while it trains."""
+        return torch.bfloat16 if self.memory == "low" else torch.float32
+
+    def plan(self, sequence_length: int) -> TrainingPlan:
+        """What of it memory depends on."""
+        same = ("method", "memory", "batch_size", "processes", "sharded", "gradient_checkpointing", "lora_rank")
+        values = {name: getattr(self, name) for name in same}
+        return TrainingPlan(sequence_length=sequence_length, distilled=self.distill_weight > 0, **values)
 
     def distillation(self, teacher: nn.Module | None) -> "Distillation | None":
         """How to learn from the teacher, if at all."""
@@ -112,7 +129,8 @@ def training_arguments(settings: RecoverySettings, state: Path, device: str) -> 
         # By their older names, which every transformers 5 knows.
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=settings.bf16,
+        # Of float32 weights; bfloat16 ones compute in it as they are.
+        bf16=settings.bf16 and settings.memory == "full",
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and settings.processes > 1 else None,
         ddp_find_unused_parameters=False,
@@ -134,3 +152,15 @@ def training_arguments(settings: RecoverySettings, state: Path, device: str) -> 
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def optimizer_of(settings: RecoverySettings) -> tuple[type[torch.optim.Optimizer], dict] | None:
+    """The optimizer as the Trainer is given one; none where it is torch's AdamW, which is the Trainer's own.
+
+    LoRA's adapters are float32 whatever the model is: nothing is saved on them.
+    """
+    from .bf16_adamw import BFloat16AdamW
+
+    if settings.memory == "full" or settings.method == "lora":
+        return None
+    return BFloat16AdamW, {"lr": settings.learning_rate, "seed": settings.seed}

@@ -1,7 +1,7 @@
 """A model whose parameters lie in shards over several processes (FSDP): for models that are larger than a device.
 
-A layer's parameters are whole only while it computes. Every function here but `shard_` and `sharded_like` talks to the
-other processes: all of them must call it.
+A layer's parameters are whole only while it computes. Every function here but `shard_`, `local` and `sharded_like`
+talks to the other processes: all of them must call it.
 """
 
 from pathlib import Path
@@ -57,6 +57,11 @@ def unshard_(model: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, sharded or not."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, sharded or not; it is the tensor's own memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:

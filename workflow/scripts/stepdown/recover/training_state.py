@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 
 # The code that trains.
-TRAINING = ("recovery", "settings", "trainer", "distillation", "lora", "sharding")
+TRAINING = ("recovery", "settings", "trainer", "losses", "bf16_adamw", "distillation", "lora", "sharding")
 
 
 def fingerprint(settings: object, windows: Iterable[Tensor], files: Iterable[Path]) -> str:

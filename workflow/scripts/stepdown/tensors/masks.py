@@ -17,6 +17,19 @@ STRIP_ENTRIES = 1 << 20
 PAIRWISE = 16
 
 
+def as_bits(keep: Tensor) -> Tensor:
+    """A mask, bool or bytes [...], as one bit an entry: uint8 [entries / 8, rounded up]."""
+    entries = keep.reshape(-1).to(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return (pad(entries, (0, -len(entries) % 8)).view(-1, 8) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def from_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The mask that `as_bits` made bits of, uint8 [...] of zeros and ones."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).view(-1)[: shape.numel()].view(shape)
+
+
 def keep_n_of_m(metric: Tensor, n: int, m: int) -> Tensor:
     """Keep the `n` largest of each `m` consecutive entries of the last axis.
 
