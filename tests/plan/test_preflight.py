@@ -154,6 +154,12 @@ def test_shards_want_several_processes():
     )
 
 
+def test_little_memory_wants_bfloat16():
+    assert "recovery.memory: found low, which computes in bfloat16" in error_of(
+        preflight.check_inputs, complete({"recovery": {"memory": "low", "bf16": False}})
+    )
+
+
 def test_block_size_and_k():
     preflight.check_block(4, 16)
     assert "multiple of 4" in error_of(preflight.check_block, 18, 10)

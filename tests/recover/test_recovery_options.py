@@ -264,8 +264,9 @@ def test_all_options_together_over_shards(pruned):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_sharded_training_that_is_killed_goes_on(pruned):  # noqa: F811
-    words = [*command(pruned, processes=2, epochs=12, evaluation_steps=4), "--sharded"]
+@pytest.mark.parametrize("memory", ["full", "low"])
+def test_a_sharded_training_that_is_killed_goes_on(pruned, memory):  # noqa: F811
+    words = [*command(pruned, processes=2, epochs=12, evaluation_steps=4, memory=memory), "--sharded"]
     script = [sys.executable, finetune.__file__, *words]
     finished = {}
     for name, kill in (("undisturbed", False), ("killed", True)):

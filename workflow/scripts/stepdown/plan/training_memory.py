@@ -80,7 +80,8 @@ def training_bytes(model: ModelSize, plan: TrainingPlan) -> dict[str, int]:
     parts = {
         "weights": model.parameters * WEIGHT[low] / shards,
         "teacher": model.parameters * TEACHER * plan.distilled / shards,
-        "masks": model.matrices * (1 if lora else MASK[low]) / shards,
+        # An adapter's are no parameters: each process has all of them.
+        "masks": model.matrices * MASK[low] / (1 if lora else shards),
         "gradients": trained * GRADIENT[low] / shards + copies,
         "moments": trained * MOMENTS[low] / shards,
         "adapters": adapters * ADAPTER / shards,
@@ -95,7 +96,8 @@ def _activations(model: ModelSize, plan: TrainingPlan, tokens: int) -> float:
     """What all layers keep for their gradients."""
     if plan.gradient_checkpointing:
         return model.layers * tokens * model.hidden * STATE[plan.memory]
-    merged = 2 * model.matrices if plan.method == "lora" else 0
+    # W + B A, and bytes of masks that are held as bits.
+    merged = (3 - MASK[plan.memory]) * model.matrices if plan.method == "lora" else 0
     return model.layers * _layer(model, plan, tokens) + merged
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import save_tensors
+from ..tensors.masks import as_bits, from_bits
 from .settings import ALL_LINEAR
 
 
@@ -34,7 +35,7 @@ class MaskedLoraLinear(lora.Linear):
         # Under autocast B A would be rounded to bf16 while training, and not when merged.
         with torch.autocast(self.weight.device.type, enabled=False):
             delta = super().get_delta_weight(adapter)
-            return delta if self.keep is None else delta * self.keep
+            return delta if self.keep is None else delta * from_bits(self.keep, delta.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -54,10 +55,12 @@ def add_masked_adapter(
     rank: int,
     alpha: float,
     dropout: float,
+    low_memory: bool = False,
 ) -> peft.PeftModel:
     """The model with a masked adapter on each linear that `targets` name; only the adapters train.
 
-    Raises UserError for a target that matches none of the masked linears.
+    low_memory: hold a bit of a mask for each weight, and not a byte. Raises UserError for a target that matches none of
+    the masked linears.
     """
     targets = _without_refused(model, match_targets(list(keep_masks), targets))
     config = peft.LoraConfig(
@@ -68,7 +71,7 @@ def add_masked_adapter(
     for name in targets:
         if not keep_masks[name].all():
             # get_peft_model has put the adapters into the model it was given.
-            model.get_submodule(name).keep = keep_masks[name]
+            model.get_submodule(name).keep = as_bits(keep_masks[name]) if low_memory else keep_masks[name]
     return adapted
 
 

@@ -82,7 +82,7 @@ def recover(
     use_chunked_cross_entropy_(model)
     if settings.method == "lora":
         shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
-        model = add_masked_adapter(model, keep_masks, *shape)
+        model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
     _place(model, teacher, settings.sharded, training.device)
     trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(

@@ -135,9 +135,9 @@ class MaskedTrainer(Trainer):
 
 
 def mask_(tensor: Tensor, mask: Tensor) -> None:
-    """Zero what a mask drops: bytes of the tensor's shape, or the bits of `as_bits`, of what this process has of it."""
+    """Zero what a mask drops of a tensor: bytes as the tensor lies, or the bits of what this process has of it."""
     held = local(tensor)
-    held.mul_(local(mask) if mask.shape == tensor.shape else from_bits(mask, held.shape))
+    held.mul_(from_bits(local(mask), held.shape))
 
 
 class ShardedTrainer(MaskedTrainer):

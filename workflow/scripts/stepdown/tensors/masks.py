@@ -25,7 +25,9 @@ def as_bits(keep: Tensor) -> Tensor:
 
 
 def from_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The mask that `as_bits` made bits of, uint8 [...] of zeros and ones."""
+    """The mask [...] that `as_bits` made bits of, uint8 of zeros and ones; a mask that is none of bits as it is."""
+    if bits.shape == shape:
+        return bits
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).view(-1)[: shape.numel()].view(shape)
 
