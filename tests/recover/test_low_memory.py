@@ -66,6 +66,7 @@ def test_pruned_weights_stay_zero_and_the_others_learn(tmp_path, method):
     result, masks, before = low_memory_run(tmp_path, method=method, epochs=4)
     check_pruned_are_zero(result.model, masks)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.model.loss_function is losses.cross_entropy
     assert result.evaluations[result.best_step] < result.evaluations[0]
     for name in masks:
         assert not torch.equal(weight_of(before, name), weight_of(result.model, name)), name

@@ -20,6 +20,7 @@ from stepdown.plan.preflight import (
     SPLITS_READ,
     check_inputs,
     check_links,
+    check_training_memory,
     check_writable,
     complete_config,
     local_model,
@@ -60,6 +61,9 @@ with one_line():
     check_inputs(config | {"model": MODEL})
     check_writable(Path(), Path(".snakemake"), Path("results"))
     check_links(Path("results/iter0"))
+    trains = config["oneshot_epochs"] or any(row.epochs for row in SCHEDULE)
+    if trains and config["device"] != "cpu" and local_model(MODEL):
+        check_training_memory(config["recovery"], local_model(MODEL))
     # Steps without a tier map, each pruned by the method and pattern of its name.
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
     # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.

@@ -77,8 +77,7 @@ def _finetune(
     from stepdown.recover.recovery import recover
 
     _quiet_libraries()
-    size = read_model_size(arguments.model)
-    if device == "cuda" and size:
+    if device == "cuda" and (size := read_model_size(arguments.model)):
         found = torch.cuda.get_device_properties(0).total_memory
         check_memory(size, settings.plan(arguments.sequence_length), found)
     checkpoint = Checkpoint(arguments.model)

@@ -143,8 +143,6 @@ def check_inputs(config: dict) -> None:
         raise UserError("config key recovery.sharded: found true with one process; raise recovery.processes")
     if config["recovery"]["memory"] == "low" and not config["recovery"]["bf16"]:
         raise UserError("config key recovery.memory: found low, which computes in bfloat16; set recovery.bf16: true")
-    if folder and config["device"] != "cpu":
-        check_training_memory(config["recovery"], folder)
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")

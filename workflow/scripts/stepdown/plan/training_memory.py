@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import read_json_object, safetensors_header, weight_files
+from ..files import has_only_pickles, read_json_object, safetensors_header, weight_files
 
 # Bytes a weight: of itself, its gradient, AdamW's two moments, its mask, and the copy autocast computes with.
 WEIGHT = {"full": 4, "low": 2}
@@ -124,6 +124,8 @@ def _loss_or_layer(model: ModelSize, plan: TrainingPlan, tokens: int) -> float:
 
 def read_model_size(folder: Path) -> ModelSize | None:
     """The size of the model of a folder, or None where its files do not tell."""
+    if has_only_pickles(folder):
+        return None
     config = read_json_object(folder / "config.json")
     text_config = config.get("text_config")
     config |= text_config if isinstance(text_config, dict) else {}
@@ -132,7 +134,6 @@ def read_model_size(folder: Path) -> ModelSize | None:
     shapes = [
         entry["shape"]
         for file in weight_files(folder)
-        if file.suffix == ".safetensors"
         for name, entry in safetensors_header(file)[0].items()
         if name != "__metadata__"
     ]
