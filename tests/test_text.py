@@ -174,6 +174,12 @@ def test_a_broken_mapping_on_the_command_line_is_told(value):
     assert '{"train": path' in one_line(caught)
 
 
+def test_a_file_in_braces_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "{x}.txt").write_text("words")
+    assert text.parse_text("{x}.txt") == "{x}.txt"
+
+
 def test_a_text_is_called_by_its_name_or_its_file():
     assert text.label("pydoc", "test") == "pydoc"
     assert text.label("some/where/a.txt", "test") == "a.txt"

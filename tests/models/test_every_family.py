@@ -6,6 +6,7 @@ A family either does all of that, or is refused in one line, by whatever looks a
 import runpy
 import warnings
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint, rewriting_layers
-from stepdown.models.decoder import open_decoder
+from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.plan.runs import parse_run
-from stepdown.prune.calibration import squared_input_norms
+from stepdown.prune.calibration import calibrate_backwards, squared_input_norms
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.oneshot import prune_checkpoint
 from stepdown.prune.refit import refit_layers
@@ -44,6 +45,8 @@ REFUSED = {
     "mllama": "not a causal language model that transformers can load",
     "xlm": "changes hidden states between its layers 0 and 1",
 }
+# Their layers are run backwards from their outputs, without a graph.
+WITHOUT_GRADIENTS = {"reformer"}
 # One of each kind: layers that return bare states, tuples, lists, more than states; experts one by one, in one tensor,
 # transposed, without a gate; a shared block; what is computed while loading; a state instead of keys; a vision tower.
 SAMPLE = (
@@ -83,6 +86,7 @@ def check(family, folder):
     decoder = open_decoder(source, "cpu")
     assert_logits(source, model)
     assert_norms(decoder, model)
+    assert_gradients(decoder)
     report = prune_checkpoint(
         *(decoder, parse_run("wanda-unstructured-0.5", ["wanda"]), TOKENS, 2, folder / "pruned"),
         *(TierOptions(), LayerOptions()),
@@ -172,6 +176,32 @@ def assert_norms(decoder, model):
     for name, norm in norms.items():
         expected = sums[name] / len(TOKENS) if name in sums else torch.ones(len(norm))
         torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=1e-7, msg=name)
+
+
+def assert_gradients(decoder):
+    """Squared gradients of the outputs of every linear, as the whole model has them in one piece."""
+    if (family := decoder.model.config.model_type) in WITHOUT_GRADIENTS:
+        with pytest.raises(UserError, match=f"the family '{family}' hands no gradients back"):
+            calibrate_backwards(decoder, TOKENS, 2)
+        return
+    sums = {}
+
+    def add(stored, gradient):
+        sums[stored] = sums.get(stored, 0) + gradient.double().square().flatten(0, -2).sum(0)
+
+    def watch(stored, _, __, outputs):
+        if isinstance(outputs, torch.Tensor) and outputs.requires_grad:
+            outputs.register_hook(partial(add, stored))
+
+    model = load_whole(decoder.checkpoint.folder, "cpu")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" in decoder.stored:
+            module.register_forward_hook(partial(watch, decoder.stored[f"{name}.weight"].removesuffix(".weight")))
+    for batch in TOKENS.split(2):
+        (model(input_ids=batch, labels=batch, use_cache=False).loss * batch.numel()).backward()
+    for name, gradient in calibrate_backwards(decoder, TOKENS, 2).squared_gradients.items():
+        expected = sums[name] / len(TOKENS) if name in sums else torch.ones(len(gradient)).double()
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6 * expected.max().item(), msg=name)
 
 
 def routed(experts, hidden_states, top_k_index, top_k_weights):

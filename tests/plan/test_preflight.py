@@ -377,6 +377,7 @@ def test_a_folder_or_a_hub_id(model, monkeypatch):
     assert preflight.local_model("gpt2") is None
     monkeypatch.chdir(model.parent.parent)
     near = f"{model.parent.name}/modell"
+    assert "found -m, which a command line takes for an option; write ./-m" in error_of(preflight.local_model, "-m")
     for missing in (near, f"./{near}", str(model.parent / "x"), "~/model", "a/b/c", str(model / "config.json")):
         assert f"no folder {missing}" in error_of(preflight.local_model, missing)
 
@@ -400,6 +401,9 @@ def test_texts(tmp_path):
     assert "here: no file wikitex2; name a file or one of pydoc" in error_of(check, "here", "wikitex2", ("train",), 8)
     assert "no file" in error_of(check, "here", str(tmp_path), ("train",), 8)
     splits = {"train": str(file), "test": "nowhere.txt"}
+    assert "found -a.txt, which a command line takes for an option; write ./-a.txt" in error_of(
+        check, "here", {"train": "-a.txt"}, ("train",), 8
+    )
     assert "no file for the split valid" in error_of(check, "here", splits, ("train", "valid"), 8)
     assert "no file nowhere.txt" in error_of(check, "here", splits, ("test",), 8)
     other = tmp_path / "some.doc"

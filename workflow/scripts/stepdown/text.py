@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import platform
 import random
 import sys
@@ -39,11 +40,11 @@ _PYDOC_BOUNDS = (0.86, 0.93)
 
 
 def parse_text(value: str) -> Text:
-    """A command line's `--text`: a name or path as it is, or the JSON of a mapping of splits to paths.
+    """A command line's `--text`: a name or path as it is, or else the JSON of a mapping of splits to paths.
 
     Raises UserError for broken JSON and for a mapping of anything else.
     """
-    if not value.lstrip().startswith("{"):
+    if os.path.isfile(value) or not value.lstrip().startswith("{"):
         return value
     try:
         mapping = json.loads(value)

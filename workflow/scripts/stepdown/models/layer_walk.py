@@ -80,7 +80,9 @@ class LayerWalk:
                 tokens = batch.to(self.decoder.device)
                 with _layers_replaced(self.decoder, self._answering(number, state)):
                     loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-                yield torch.autograd.grad(loss * batch.numel() if summed else loss, state)[0]
+                with carrying_back(self.decoder):
+                    gradient = torch.autograd.grad(loss * batch.numel() if summed else loss, state)[0]
+                yield gradient
 
     def call(self, place: int, number: int, state: Tensor) -> Tensor:
         """What layer `place`, loaded, makes of `state` [sequences, tokens, hidden] as that of batch `number`."""
@@ -157,6 +159,20 @@ STATES = _Carried(-1, 0)
 
 class _LastLayerDone(Exception):
     """Ends a forward pass: what comes after the decoder layers need not be computed."""
+
+
+@contextmanager
+def carrying_back(decoder: Decoder) -> Iterator[None]:
+    """Where a family computes something that torch has no gradient of, one line says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"{decoder.checkpoint.folder}: the family {decoder.model.config.model_type!r} hands no gradients back from"
+            f" layer to layer ({str(error).partition(chr(10))[0]}); choose what needs none, such as pruning.cost: wanda"
+        ) from error
 
 
 def _returned_by_layers(decoder: Decoder, batch: Tensor) -> list[Returned]:

@@ -7,6 +7,7 @@ in one 3-D parameter. What takes their place here computes the same, and is hook
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,9 @@ def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor
 
 
 @contextmanager
-def watching_outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `see` is called with the name of a module and its outputs [..., out], each time it gives some."""
+def watching_outputs(modules: Mapping[str, nn.Module], see: Callable[[str, Any], None]) -> Iterator[None]:
+    """While open, `see` is called with the name of a module and what it gives, each time it does: of a plain linear its
+    outputs [..., out]."""
     with ExitStack() as hooks:
         for name, module in modules.items():
             hook = module.register_forward_hook(lambda _, __, outputs, name=name: see(name, outputs))

@@ -194,6 +194,7 @@ def check_block(block_size: int, k: int) -> None:
 
 def local_model(model: str) -> Path | None:
     """The folder a model is in, or None for a hub id and for a GGUF file."""
+    check_no_option("config key model", model)
     path = Path(model)
     if is_gguf(model):
         return None
@@ -242,6 +243,7 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
     if isinstance(text, dict) and (missing := [split for split in splits if split not in text]):
         raise UserError(f"{where}: no file for the split {missing[0]}; name one for each of {', '.join(splits)}")
     for path in text_files(text, splits):
+        check_no_option(where, str(path))
         if not path.is_file():
             raise UserError(f"{where}: no file {path}; name a file or one of {', '.join(CORPORA)}")
         if path.suffix not in TEXT_ENDINGS:
@@ -254,6 +256,12 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
                 f"{where}: {path} has {size} bytes, too few for one sequence of {sequence_length} tokens; "
                 "name a longer text or a shorter sequence_length"
             )
+
+
+def check_no_option(where: str, name: str) -> None:
+    """A name must not look like an option: jobs are given it on a command line."""
+    if name.startswith("-"):
+        raise UserError(f"{where}: found {name}, which a command line takes for an option; write ./{name}")
 
 
 def check_distinct(where: str, texts: list[str | dict]) -> None:

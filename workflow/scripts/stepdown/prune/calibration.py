@@ -85,6 +85,8 @@ def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> C
         with accumulating_squared_gradients(layer.linears, len(windows)) as found:
             _add(norms, layer.gather(gather, advance=True))
         _add(gradients, found)
+    for name in sorted(norms.keys() - gradients.keys()):
+        log.warning("%s: the loss has no gradient of its outputs; ones stand for it", name)
     return Calibration(_complete(decoder, norms, "inputs"), _complete(decoder, gradients, "gradients"))
 
 

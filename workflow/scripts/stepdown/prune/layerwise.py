@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors, save_tensors
-from ..models.layer_walk import LayerWalk
+from ..models.layer_walk import LayerWalk, carrying_back
 from ..models.linears import watching_inputs
 
 Gather = Callable[[dict[str, nn.Linear]], AbstractContextManager[dict[str, Any]]]
@@ -165,6 +165,7 @@ def _replay_backwards(layer: LoadedLayer, gradients: list[Tensor], advance: bool
     decoder = layer.walk.decoder
     for number, state in enumerate(layer.walk.states):
         state = state.detach().to(decoder.device).requires_grad_()
-        layer.walk.call(layer.place, number, state).backward(gradients[number].to(decoder.device))
+        with carrying_back(decoder):
+            layer.walk.call(layer.place, number, state).backward(gradients[number].to(decoder.device))
         if advance:
             gradients[number] = state.grad.to(decoder.states_device)

@@ -6,6 +6,7 @@ A linear that is given no token, such as an expert that none is routed to, is mi
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,13 @@ def squared_column_sums(inputs: Tensor) -> Tensor:
 @contextmanager
 def accumulating_squared_gradients(linears: Mapping[str, nn.Linear], samples: int) -> Iterator[dict[str, Tensor]]:
     """While open, sums (dL/dy_i)^2 over all tokens, y the outputs of each linear and L the loss that is carried back;
-    then the mean over samples: name -> float32 [out]."""
+    then the mean over samples: name -> float32 [out]. A linear that the loss has no gradient of is missing, such as one
+    that only chooses which tokens are attended to, or a router whose class answers with its choice."""
     sums: dict[str, Tensor] = {}
 
-    def watch(name: str, outputs: Tensor) -> None:
-        outputs.register_hook(partial(add, name))
+    def watch(name: str, outputs: Any) -> None:
+        if isinstance(outputs, Tensor) and outputs.requires_grad:
+            outputs.register_hook(partial(add, name))
 
     def add(name: str, gradient: Tensor) -> None:
         squares = squared_column_sums(gradient)
