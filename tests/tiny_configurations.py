@@ -9,7 +9,7 @@ VOCABULARY = 128
 LAYERS = 5
 # The first pattern that a field's name matches says how large it is at most; a larger one of another name becomes 16.
 SIZES = (
-    (r"vocab_size(_per_layer_input)?|vocabulary_size", VOCABULARY),
+    (r"(unpadded_)?vocab_size(_per_layer_input)?|vocabulary_size", VOCABULARY),
     (r"(num_|n_)?(hidden_|decoder_|text_)?layers?|n_layers?", LAYERS),
     (r"(num_)?encoder_layers|depth", 2),
     (r"hidden_size|n_embd|d_model|embed_dim|dim|embedding_size|embedding_dim|word_embed_proj_dim", 48),

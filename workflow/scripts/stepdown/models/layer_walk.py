@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..cli import progress
@@ -79,7 +80,9 @@ class LayerWalk:
                 state = state.detach().to(self.decoder.device).requires_grad_()
                 tokens = batch.to(self.decoder.device)
                 with _layers_replaced(self.decoder, self._answering(number, state)):
-                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                    logits = model(input_ids=tokens, use_cache=False).logits
+                # Families differ in what they add to a loss of their own.
+                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
                 with carrying_back(self.decoder):
                     gradient = torch.autograd.grad(loss * batch.numel() if summed else loss, state)[0]
                 yield gradient
