@@ -1,4 +1,4 @@
-"""Every family that `AutoModelForCausalLM` knows, tiny: walked, calibrated, pruned and refitted as transformers has it.
+"""Every family that `AutoModelForCausalLM` knows, tiny: walked, calibrated (backwards too), pruned and refitted as transformers has it.
 
 A family either does all of that, or is refused in one line, by whatever looks at it first.
 """
@@ -49,10 +49,10 @@ REFUSED = {
 # Their layers are run backwards from their outputs, without a graph.
 WITHOUT_GRADIENTS = {"reformer"}
 # One of each kind: layers that return bare states, tuples, lists, more than states; experts one by one, in one tensor,
-# transposed, without a gate; a shared block; what is computed while loading; a state instead of keys; a vision tower.
+# transposed, without a gate; a shared block; what later layers learn from beside states; what is computed while loading; a state instead of keys; a vision tower.
 SAMPLE = (
     *("mistral", "falcon", "openai-gpt", "glm_moe_dsa", "gpt_oss", "nemotron_h", "granitemoe", "zamba2"),
-    *("kimi_linear", "dbrx", "mamba", "gemma3", "llama4", "hrm_text"),
+    *("kimi_linear", "dbrx", "mamba", "gemma3", "llama4", "zaya", "hrm_text"),
 )
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - NOT_BUILT.keys())
 TOKENS = torch.randint(2, VOCABULARY - 8, (5, 24), generator=torch.Generator().manual_seed(1))

@@ -1,7 +1,7 @@
 """Walking a decoder layer by layer: one forward pass in which every layer only passes its input on records what each is
 called with (masks, positions, ...); the layers are then replayed one by one, each as the model itself calls it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +96,28 @@ class LayerWalk:
         known = self._carried[number] | {STATES: state.to(self.decoder.device)}
         arguments, keywords = _with_leaves(self._calls[number][place], _Carried, known.__getitem__)
         return tree_leaves(self.decoder.layers[place](*arguments, **keywords))
+
+    def carry_back(
+        self, place: int, number: int, state: Tensor, gradients: Mapping["_Carried", Tensor]
+    ) -> dict["_Carried", Tensor]:
+        """The gradients of the loss by what layer `place`, loaded, is called with of batch `number`, of those by what
+        it returns; what several layers are called with has the sum. state: what it is given, [sequences, tokens,
+        hidden].
+        """
+        given = {key: value for key, value in self._carried[number].items() if key.place < place} | {STATES: state}
+        given = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        given = {key: value.detach().to(self.decoder.device).requires_grad_() for key, value in given.items()}
+        known = self._carried[number] | given
+        arguments, keywords = _with_leaves(self._calls[number][place], _Carried, known.__getitem__)
+        leaves = tree_leaves(self.decoder.layers[place](*arguments, **keywords))
+        returned = {_Carried(place, position) if position else STATES: leaf for position, leaf in enumerate(leaves)}
+        reached = {key: leaf for key, leaf in returned.items() if key in gradients and leaf.requires_grad}
+        torch.autograd.backward(list(reached.values()), [gradients[key].to(state.device) for key in reached])
+        found = {key: gradient for key, gradient in gradients.items() if key not in returned}
+        for key, value in given.items():
+            if value.grad is not None:
+                found[key] = found[key] + value.grad if key in found else value.grad
+        return found
 
     def _answering(self, number: int, state: Tensor) -> Callable[..., Any]:
         """A forward of layers that batch `number` has passed: whatever they are called with, they answer with `state`,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import load_tensors, save_tensors
-from ..models.layer_walk import LayerWalk, carrying_back
+from ..models.layer_walk import STATES, LayerWalk, carrying_back
 from ..models.linears import watching_inputs
 
 Gather = Callable[[dict[str, nn.Linear]], AbstractContextManager[dict[str, Any]]]
@@ -152,7 +152,7 @@ def visit_backwards(walk: LayerWalk, summed: bool = False) -> Iterator[LoadedLay
             states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
             save_tensors(states, Path(waiting) / f"{layer.place}.safetensors", {})
             layer.replay()
-        gradients = [gradient.to(walk.decoder.states_device) for gradient in walk.loss_gradients(summed)]
+        gradients = [{STATES: gradient.to(walk.decoder.states_device)} for gradient in walk.loss_gradients(summed)]
         for layer in visit(walk, "backward", backwards=True):
             states, _ = load_tensors(Path(waiting) / f"{layer.place}.safetensors")
             walk.states = [states[str(number)] for number in range(len(states))]
@@ -160,12 +160,11 @@ def visit_backwards(walk: LayerWalk, summed: bool = False) -> Iterator[LoadedLay
             yield replace(layer, replay=partial(_replay_backwards, layer, gradients))
 
 
-def _replay_backwards(layer: LoadedLayer, gradients: list[Tensor], advance: bool = True) -> None:
-    """With `advance`, the gradients by the layer's outputs, one per batch, become those by its inputs."""
+def _replay_backwards(layer: LoadedLayer, gradients: list[dict[Any, Tensor]], advance: bool = True) -> None:
+    """With `advance`, the gradients by what the layer returns, per batch, become those by what it is called with."""
     decoder = layer.walk.decoder
     for number, state in enumerate(layer.walk.states):
-        state = state.detach().to(decoder.device).requires_grad_()
         with carrying_back(decoder):
-            layer.walk.call(layer.place, number, state).backward(gradients[number].to(decoder.device))
+            found = layer.walk.carry_back(layer.place, number, state.to(decoder.device), gradients[number])
         if advance:
-            gradients[number] = state.grad.to(decoder.states_device)
+            gradients[number] = {key: gradient.to(decoder.states_device) for key, gradient in found.items()}
