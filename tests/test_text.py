@@ -250,6 +250,26 @@ def test_pydoc_is_two_megabytes_of_documentation_in_three_parts():
     assert everything.count("Serialize ``obj`` to a JSON formatted ``str``.") == 1
 
 
+def test_pydoc_is_parsed_once_for_each_of_what_it_is_made_of(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        text, "_parse_pydoc", lambda: parsed.append(1) or {"train": ["caf\u00e9"], "valid": [], "test": []}
+    )
+
+    def read():
+        return text._pydoc_splits.__wrapped__()["train"]
+
+    assert read() == read() == ["caf\u00e9"] and len(parsed) == 1
+    (kept,) = (tmp_path / "stepdown").iterdir()
+    kept.write_text(kept.read_text()[:-5])
+    assert read() == ["caf\u00e9"] and len(parsed) == 2
+    monkeypatch.setattr(text, "_topics", lambda: [("topic for", "changed")])
+    assert read() == ["caf\u00e9"] and len(parsed) == 3
+    monkeypatch.setattr("stepdown.files.cache_folder", lambda: None)
+    assert read() == ["caf\u00e9"] and len(parsed) == 4
+
+
 def test_no_long_paragraph_of_pydoc_is_in_two_parts_or_twice_in_one():
     paragraphs = [
         " ".join(paragraph.split())

@@ -11,16 +11,18 @@ from stepdown.measure import evaluation
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
     base = evaluation.read_base(arguments.base_eval, settings)
-    training = read_result(arguments.training, "the training.json of a model", ("method", "epochs", "tokens"))
+    training = read_result(
+        arguments.training, "the training.json of a model", ("method", "epochs", "tokens", "best_step")
+    )
     folders = {"pruned": arguments.pruned_model, "refitted": arguments.refitted_model}
     folders = {when: folder for when, folder in folders.items() if folder}
     for folder in folders.values():
         evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, folder)
     result = evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, arguments.finetuned_model)
     found = {when: evaluation.perplexities(folder, settings) for when, folder in folders.items()}
-    # Without epochs the finetuned model is the one before it.
+    # Where training was no gain, or there was none, the finetuned model is the one before it.
     last = list(found.values())[-1]
-    found["finetuned"] = evaluation.perplexities(arguments.finetuned_model, settings) if training["epochs"] else last
+    found["finetuned"] = evaluation.perplexities(arguments.finetuned_model, settings) if training["best_step"] else last
     result["perplexity"] = evaluation.beside_base(base, found)
     result["finetuning"] = {key: training[key] for key in ("method", "epochs", "tokens")}
     write_json(arguments.output, result | {"protocol": evaluation.protocol(settings)})

@@ -1,10 +1,12 @@
 """Files that are written whole or not at all, and files of others looked at from outside. Standard library only."""
 
+import hashlib
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -41,6 +43,32 @@ def usual_mode() -> int:
 def write_json(path: Path | str, content: object) -> None:
     """Write JSON as people read it, atomically; keys stay in the order given."""
     atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def cache_folder() -> Path | None:
+    """Where what takes time to make is kept: below $XDG_CACHE_HOME or ~/.cache; None where neither can be."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepdown"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or a user without a home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def kept_in_cache(name: str, made_of: Iterable[bytes], make: Callable[[], object]) -> object:
+    """What `make` returns, kept as JSON in the cache for as long as it would be made of the same bytes."""
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in made_of))
+    file = folder / f"{name}-{digest.hexdigest()[:16]}.json"
+    # Not there yet, or another job is writing it.
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    made = make()
+    with suppress(OSError):
+        atomic_write(file, json.dumps(made))
+    return made
 
 
 def weight_files(folder: Path | str) -> list[Path]:

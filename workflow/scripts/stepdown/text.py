@@ -25,7 +25,7 @@ import torch
 
 from .cli import collecting_no_garbage, log
 from .errors import UserError
-from .files import SURROGATE, check_not_pointer, distinct_names
+from .files import SURROGATE, check_not_pointer, distinct_names, kept_in_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -387,7 +387,13 @@ _LONG_PARAGRAPH = 60
 
 @functools.cache
 def _pydoc_splits() -> dict[str, list[str]]:
-    """The documentation's documents by split, in the order of their names."""
+    """The documentation's documents by split, in the order of their names; to parse it takes two seconds, once."""
+    sources = [Path(__file__), *sorted(_sources(Path(sysconfig.get_path("stdlib"))))]
+    versions = json.dumps([platform.python_version(), _topics()]).encode()
+    return kept_in_cache("pydoc", [versions, *(path.read_bytes() for path in sources)], _parse_pydoc)
+
+
+def _parse_pydoc() -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name, text in _without_repetition([*_topics(), *_docstrings()]):
         splits[_pydoc_split(name)].append(text)

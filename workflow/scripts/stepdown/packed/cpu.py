@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..cli import log
+from ..files import cache_folder
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
 from .quads import top_k_quads
 
@@ -102,7 +103,9 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     command = [*compiler.split(), *flags, str(SOURCE), *openmp]
     version = _run([*compiler.split(), "--version"])
     key = hashlib.sha256("\n".join([version, torch.__version__, *command]).encode() + SOURCE.read_bytes()).hexdigest()
-    target = cache_folder() / f"three_tier-{key[:16]}.so"
+    # Where nothing can be kept, they are for this process.
+    folder = cache_folder() or Path(tempfile.mkdtemp(prefix="stepdown-"))
+    target = folder / f"three_tier-{key[:16]}.so"
     if not target.exists():
         log.info("building the C++ kernels with %s: a few seconds, once", compiler)
         partial = target.with_name(f"{target.name}.{os.getpid()}")
@@ -112,16 +115,6 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return target
-
-
-def cache_folder() -> Path:
-    """Where built kernels are kept: below $XDG_CACHE_HOME or ~/.cache; where neither can be, for this process."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepdown"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # read-only, or a user without a home
-        return Path(tempfile.mkdtemp(prefix="stepdown-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="stepdown-"))
 
 
 def _run(command: list[str]) -> str:

@@ -24,14 +24,15 @@ def masked_least_squares(
     ridge = damping * hessian.diagonal().mean()
     diagonal = (hessian.diagonal() + ridge).clamp(min=TINY)
     solution = weight.float() * keep
-    residual = (target - solution @ hessian) * keep
+    residual = torch.addmm(target, solution, hessian, alpha=-1).mul_(keep)
     direction = residual / diagonal
     square = _dot(residual, direction)
     for _ in range(steps):
-        image = (direction @ hessian).add_(ridge * direction).mul_(keep)
+        # In place: beside a Hessian there is room for few matrices.
+        image = (direction @ hessian).addcmul_(direction, ridge).mul_(keep)
         length = square / _dot(direction, image).clamp(min=TINY)
-        solution += length * direction
-        residual -= length * image
+        solution.addcmul_(length, direction)
+        residual.addcmul_(length, image, value=-1)
         conditioned = residual / diagonal
         before, square = square, _dot(residual, conditioned)
         direction = conditioned.add_(direction.mul_(square / before.clamp(min=TINY)))
