@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -259,3 +260,42 @@ def test_revived_weights_are_noticed(model, tier_map):
 def test_a_copy_of_the_folder_is_the_same_model(model, tier_map, tmp_path):
     shutil.copytree(model, tmp_path / "copy")
     check_same_model(tier_map, "map", Checkpoint(tmp_path / "copy"))
+
+
+def peak():
+    """The most memory this process has had since `clear_refs` was written to, in bytes."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to see a peak of memory")
+def test_a_tensor_is_in_memory_once_while_it_is_read(tmp_path):
+    weight = torch.ones(1 << 12, 1 << 12)
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint, size = Checkpoint(tmp_path), weight.nbytes
+    del weight
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    tensors = checkpoint.tensors(["weight"])
+    assert 0.9 * size < peak() - before < 1.3 * size and tensors["weight"].nbytes == size
+
+
+def test_a_written_shard_is_let_go_of_before_the_next_is_read(model, tmp_path):
+    given = []
+
+    def look(tensors):
+        assert not any(given)
+        given.append(tensors)
+
+    rewrite_checkpoint(model, tmp_path / "same", look, IDENTITY)
+    assert len(given) == len(Checkpoint(model).shards())
+
+
+def test_every_type_is_read_as_it_was_stored(model, tmp_path):
+    kinds = [kind for kind in checkpoints.TYPES.values() if not kind.is_complex]
+    tensors = {str(kind): torch.ones(3, 5).to(kind) for kind in kinds}
+    tensors |= {"none": torch.empty(0, 4), "one": torch.tensor(7)}
+    save_tensors(tensors, tmp_path / "all.safetensors", {})
+    for name, tensor in checkpoints.load_tensors(tmp_path / "all.safetensors")[0].items():
+        assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
+        assert torch.equal(tensor.float(), tensors[name].float())

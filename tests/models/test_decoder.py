@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from stepdown.errors import UserError
 from stepdown.measure.perplexity import perplexity, window_losses
-from stepdown.models.decoder import choose_device, open_decoder
+from stepdown.models.decoder import choose_device, loaded_around_layers, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.calibration import squared_input_norms
 
@@ -39,6 +39,15 @@ def test_logits_are_the_models_own(folder, tokens):
         for batch, logits in zip(tokens.split(2), walk.logits(), strict=True):
             # Logits of size 1 after sums of float32, in an order that is the processor's choice.
             torch.testing.assert_close(logits, load(folder)(batch).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["llama", "opt"], indirect=True)  # without and with a tied head
+def test_an_embedding_holds_the_rows_that_are_asked_for(folder, tokens):
+    decoder, model = open_decoder(folder, "cpu"), load(folder)
+    with loaded_around_layers(decoder, batches=[tokens]):
+        found = decoder.model.get_input_embeddings().weight[tokens]
+        assert torch.equal(found, model.get_input_embeddings().weight[tokens])
+        assert torch.equal(decoder.model.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def routed(fused, hidden, index, _weights):

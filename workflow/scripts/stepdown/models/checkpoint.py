@@ -26,7 +26,8 @@ from .fused import Fused
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 CHUNK_BYTES = 1 << 24
 # What safetensors calls the types.
-TYPES = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16}
+TYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "C64": torch.complex64}
+TYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 TYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 TYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 TYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
