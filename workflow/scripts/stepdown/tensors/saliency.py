@@ -21,7 +21,7 @@ def wanda(weight: Tensor, squared_norms: Tensor) -> Tensor:
 
     weight: [..., out, in]; squared_norms: [in], or [..., 1, in] where blocks were gathered.
     """
-    return magnitude(weight) * squared_norms.sqrt()
+    return magnitude(weight).mul_(squared_norms.sqrt())
 
 
 def block_scores(weight: Tensor, squared_norms: Tensor, block_size: int) -> Tensor:
