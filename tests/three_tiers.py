@@ -68,8 +68,8 @@ def prune_by_magnitude(model: Path, folder: Path) -> tuple[Checkpoint, TierMap]:
     return Checkpoint(folder / "model"), tier_map
 
 
-def pack_model(model: Path, folder: Path) -> tuple[Checkpoint, TierMap, float]:
-    """The same and, in `folder`/packed, the packed model; last, the packed matrices' share of their dense size."""
+def pack_model(model: Path, folder: Path, values: str = "bf16") -> tuple[Checkpoint, TierMap, float]:
+    """The same and, in `folder`/packed, the packed model; last, the bytes of its matrices per weight."""
     checkpoint, tier_map = prune_by_magnitude(model, folder)
-    share = write_packed(checkpoint, tier_map, folder / "tier_map.safetensors", folder / "packed")
-    return checkpoint, tier_map, share
+    size = write_packed(checkpoint, tier_map, folder / "tier_map.safetensors", folder / "packed", values)
+    return checkpoint, tier_map, size

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from three_tiers import random_three_tier, tiers_by_shares
 
 from stepdown.errors import UserError
-from stepdown.packed.format import PARTS, check, pack, packed_bytes, unpack
+from stepdown.packed.format import PARTS, pack, packed_bytes, unpack
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.tiers import Tier
 
@@ -25,7 +25,7 @@ def bits(tensor):
 def test_unpacking_gives_the_matrix_bit_for_bit(shape, k, seed, dtype):
     weight, tiers = random_three_tier(shape, k, seed, dtype=dtype)
     matrix = pack(weight, tiers, k)
-    check(matrix, k)
+    matrix.check(k)
     assert torch.equal(bits(unpack(matrix)), bits(weight))
     assert torch.equal(matrix.tiers, tiers)
 
@@ -36,7 +36,7 @@ def test_all_blocks_on_one_tier(shape, tier):
     tiers = torch.full(grid_shape(shape, 16), tier, dtype=torch.uint8)
     weight, _ = random_three_tier(shape, 10, tiers=tiers)
     matrix = pack(weight, tiers, 10)
-    check(matrix, 10)
+    matrix.check(10)
     assert torch.equal(bits(unpack(matrix)), bits(weight))
 
 
@@ -94,12 +94,12 @@ def damage(packed, part, change):
 def test_a_part_of_another_size_or_type_is_refused(packed, part):
     for change in (lambda tensor: tensor[:-1], lambda tensor: tensor.int(), lambda tensor: tensor[None]):
         with pytest.raises(UserError, match="tiers"):
-            check(damage(packed, part, change), 10)
+            damage(packed, part, change).check(10)
 
 
 def test_a_tier_out_of_range_is_refused(packed):
     with pytest.raises(UserError, match="0 to 2"):
-        check(damage(packed, "tiers", lambda tiers: tiers.index_fill_(1, torch.tensor([3]), 3)), 10)
+        damage(packed, "tiers", lambda tiers: tiers.index_fill_(1, torch.tensor([3]), 3)).check(10)
 
 
 @pytest.mark.parametrize("part", ["positions", "top_k_positions"])
@@ -110,10 +110,10 @@ def test_positions_out_of_order_are_refused(packed, part, place):
         return tensor
 
     with pytest.raises(UserError, match=f"{part}: .* twice or out of order"):
-        check(damage(packed, part, repeat), 10)
+        damage(packed, part, repeat).check(10)
 
 
 def test_another_shape_or_k_is_refused(packed):
     for changed, k in ((replace(packed, shape=(96, 176)), 10), (replace(packed, shape=(112, 160)), 10), (packed, 9)):
         with pytest.raises(UserError):
-            check(changed, k)
+            changed.check(k)

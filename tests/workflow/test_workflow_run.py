@@ -188,9 +188,13 @@ def test_an_iteration_becomes_a_gguf_file_when_asked_for(project):
 
 
 def test_an_iteration_is_packed_when_asked_for(project):
-    finished = snakemake(project, "results/iter2/packed/packed.json")
+    finished = snakemake(project, *(f"results/iter2/packed/{values}/packed.json" for values in ("bf16", "int4")))
     assert finished.returncode == 0, finished.stderr[-3000:]
-    packed = load_packed(project / "results/iter2/packed", "torch")
     name = "model.layers.1.mlp.down_proj"
     weight = Checkpoint(project / "results/iter2/finetuned_model").matrix(name)
-    assert torch.equal(packed.get_submodule(name).weight, weight.bfloat16())
+    packed, rounded = (
+        load_packed(project / "results/iter2/packed" / values, "torch").get_submodule(name).weight
+        for values in ("bf16", "int4")
+    )
+    assert torch.equal(packed, weight.bfloat16())
+    assert not rounded[weight == 0].any() and 0 < (rounded - weight).norm() < 0.2 * weight.norm()

@@ -1,6 +1,6 @@
 """Continue a prompt with a packed model and with the same weights dense in torch: the text, and how fast each came.
 
-python workflow/scripts/generate.py --model results/iter5/packed --prompt "Return the length of"
+python workflow/scripts/generate.py --model results/iter5/packed/bf16 --prompt "Return the length of"
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Packed folders for transformers' own `from_pretrained`: importing this module is all it takes.
 
     import stepdown.packed.auto_model
-    model = AutoModelForCausalLM.from_pretrained("results/iter5/packed")
+    model = AutoModelForCausalLM.from_pretrained("results/iter5/packed/bf16")
 
 and so for whatever loads models by it: `pipeline`, lm-eval's `hf`, `transformers serve`. The folder's config.json says
 `"quant_method": "stepdown"`, which transformers looks up in a table that this module adds to. transformers builds the
@@ -37,6 +37,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     quant_method: str = QUANT_METHOD
     format: str = ""
+    values: str = "bf16"
 
 
 @register_quantizer(QUANT_METHOD)

@@ -6,6 +6,8 @@ docs/packed-format.md has it byte for byte: one safetensors file per decoder lay
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,43 +17,70 @@ from ..errors import UserError
 from ..files import read_json_object, safetensors_header, write_json
 from ..models.checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
-from .format import BLOCK_SIZE, PARTS, PackedMatrix, check, pack
+from ..tensors.block_rounding import Rounded, round_in_blocks
+from .format import BLOCK_SIZE, PARTS, PackedMatrix, pack
+from .integers import PARTS as INTEGER_PARTS
+from .integers import IntegerMatrix, pack_integers
 
-FORMAT = "stepdown packed 1"
+FORMAT = "stepdown packed 2"
+# The first had no `values`: they were of the type that the checkpoint has.
+FORMATS = "stepdown packed 1", FORMAT
+# By what the kept weights are stored as: the bits of whole numbers.
+VALUES = {"bf16": None, "int8": 8, "int4": 4}
 INDEX_NAME = "packed.json"
 # By which transformers knows such a folder: `auto_model`.
 QUANT_METHOD = "stepdown"
 
 
-def write_packed(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str, target: Path | str) -> float:
+# What becomes of a weight [out, in] of that name with tiers uint8 [block rows, block cols].
+Rounding = Callable[[str, Tensor, Tensor], Rounded]
+
+
+def write_packed(
+    checkpoint: Checkpoint,
+    tier_map: TierMap,
+    map_path: Path | str,
+    target: Path | str,
+    values: str = "bf16",
+    rounding: Rounding | None = None,
+) -> float:
     """Write the folder `target` from a checkpoint, one decoder layer in memory at a time.
 
-    Returns the bytes of the packed matrices as a share of what they take in the checkpoint. Raises `UserError` when the
-    map is of another checkpoint or block size, and leaves nothing half-written.
+    values: one of `VALUES`; rounding: to whole numbers, by itself to nearest. Returns the bytes of the packed matrices
+    per weight. Raises `UserError` when the map is of another checkpoint or block size, and leaves nothing half-written.
     """
+    check_packable(checkpoint, tier_map, map_path)
+    bits, sizes = VALUES[values], []
+    if bits and rounding is None:
+        rounding = partial(_to_nearest, bits=bits)
+    marks = {"format": FORMAT, "values": values}
+    with new_folder(target) as folder:
+        for file in side_files(checkpoint.folder):
+            shutil.copyfile(file, folder / file.name)
+        config = read_json_object(checkpoint.folder / "config.json")
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, **marks}
+        write_json(folder / "config.json", config)
+        hashes = {}
+        for shard, names in progress(checkpoint.shards().items(), "pack"):
+            file = folder / f"{shard}.safetensors"
+            tensors, shapes = _pack_shard(checkpoint, names, tier_map, bits, rounding, sizes)
+            metadata = marks | {"k": str(tier_map.k), "shapes": json.dumps(shapes, sort_keys=True)}
+            save_tensors(tensors, file, metadata)
+            hashes[file.name] = sha256(file)
+        index = {**marks, "block_size": BLOCK_SIZE, "k": tier_map.k, **tier_map.identity, "sha256": hashes}
+        write_json(folder / INDEX_NAME, index)
+    packed, weights = map(sum, zip(*sizes, strict=True))
+    return packed / weights
+
+
+def check_packable(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | str) -> None:
+    """Raises `UserError` when the map is of another checkpoint, or of blocks that the format has not."""
     check_same_model(tier_map, map_path, checkpoint)
     if tier_map.block_size != BLOCK_SIZE or not 1 <= tier_map.k <= BLOCK_SIZE**2:
         raise UserError(
             f"{map_path}: blocks of {tier_map.block_size} with k {tier_map.k}; the packed format is for blocks of"
             f" {BLOCK_SIZE} with k from 1 to {BLOCK_SIZE**2}"
         )
-    sizes = []
-    with new_folder(target) as folder:
-        for file in side_files(checkpoint.folder):
-            shutil.copyfile(file, folder / file.name)
-        config = read_json_object(checkpoint.folder / "config.json")
-        config["quantization_config"] = {"quant_method": QUANT_METHOD, "format": FORMAT}
-        write_json(folder / "config.json", config)
-        hashes = {}
-        for shard, names in progress(checkpoint.shards().items(), "pack"):
-            file = folder / f"{shard}.safetensors"
-            tensors, metadata = _pack_shard(checkpoint, names, tier_map, sizes)
-            save_tensors(tensors, file, metadata)
-            hashes[file.name] = sha256(file)
-        index = {"format": FORMAT, "block_size": BLOCK_SIZE, "k": tier_map.k, **tier_map.identity, "sha256": hashes}
-        write_json(folder / INDEX_NAME, index)
-    packed, dense = map(sum, zip(*sizes, strict=True))
-    return packed / dense
 
 
 def read_index(folder: Path) -> dict:
@@ -62,11 +91,20 @@ def read_index(folder: Path) -> dict:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         found, files = index["format"], list(index["sha256"].items())
-        whole = index["block_size"] == BLOCK_SIZE and 1 <= index["k"] <= BLOCK_SIZE**2 and files
+        index.setdefault("values", "bf16")
+        whole = (
+            index["values"] in VALUES
+            and index["block_size"] == BLOCK_SIZE
+            and 1 <= index["k"] <= BLOCK_SIZE**2
+            and files
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         found, whole = FORMAT, False
-    if found != FORMAT:
-        raise UserError(f"{path}: format {found!r}, this version reads {FORMAT!r}; use the version that wrote it")
+    if found not in FORMATS:
+        raise UserError(
+            f"{path}: format {found!r}, this version reads {' and '.join(map(repr, FORMATS))}; use the version that"
+            " wrote it"
+        )
     if not whole:
         raise UserError(f"{path}: not readable as the index of a packed model; pack it again")
     for file, _ in files:
@@ -75,17 +113,18 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, PackedMatrix]]:
+def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, PackedMatrix | IntegerMatrix]]:
     """The ordinary tensors and the packed matrices of one file by stored name, each checked; raises `UserError`."""
     safetensors_header(path)
     if sha256(path) != index["sha256"][path.name]:
         raise UserError(f"{path}: not as it was when it was packed (its sha256 differs); copy it again or pack again")
     tensors, metadata = load_tensors(path)
-    matrices = {}
-    for name, shape in _shapes(path, metadata).items():
+    bits, matrices = VALUES[index["values"]], {}
+    kind, parts = (IntegerMatrix, INTEGER_PARTS[bits]) if bits else (PackedMatrix, PARTS)
+    for name, shape in _shapes(path, metadata, index).items():
         try:
-            matrices[name] = PackedMatrix(shape, **{part: tensors.pop(f"{name}.{part}") for part in PARTS})
-            check(matrices[name], index["k"])
+            matrices[name] = kind(shape, **{part: tensors.pop(f"{name}.{part}") for part in parts})
+            matrices[name].check(index["k"])
         except KeyError as part:
             raise UserError(f"{path}: {part.args[0]} is missing; pack it again") from None
         except UserError as error:
@@ -103,7 +142,7 @@ def shapes_in(folder: Path, index: dict) -> tuple[dict[str, tuple[int, ...]], di
     ordinary, matrices = {}, {}
     for file in index["sha256"]:
         header, _ = safetensors_header(folder / file)
-        shapes = _shapes(folder / file, header.pop("__metadata__", {}))
+        shapes = _shapes(folder / file, header.pop("__metadata__", {}), index)
         matrices |= shapes
         for name, entry in header.items():
             linear, _, part = name.rpartition(".")
@@ -113,26 +152,42 @@ def shapes_in(folder: Path, index: dict) -> tuple[dict[str, tuple[int, ...]], di
 
 
 def _pack_shard(
-    checkpoint: Checkpoint, names: list[str], tier_map: TierMap, sizes: list[tuple[int, int]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What is stored of one decoder layer, and the file's metadata; notes packed and dense bytes of each matrix."""
+    checkpoint: Checkpoint,
+    names: list[str],
+    tier_map: TierMap,
+    bits: int | None,
+    rounding: Rounding | None,
+    sizes: list[tuple[int, int]],
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """What is stored of one decoder layer, and [out, in] of its matrices; notes bytes and weights of each."""
     tensors = checkpoint.tensors(names)
     linears = [name for name in (key.removesuffix(".weight") for key in names) if name in tier_map.tiers]
     shapes = {}
     for name in linears:
-        weight = tensors.pop(f"{name}.weight")
+        weight, tiers = tensors.pop(f"{name}.weight"), tier_map.tiers[name]
         check_zeros(tier_map, name, weight, checkpoint.folder)
-        matrix = pack(weight, tier_map.tiers[name], tier_map.k)
+        if bits:
+            if not weight.isfinite().all():
+                raise UserError(f"{checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
+            matrix = pack_integers(weight, rounding(name, weight, tiers), tiers, tier_map.k, bits)
+        else:
+            matrix = pack(weight.bfloat16(), tiers, tier_map.k)
         tensors |= {f"{name}.{part}": tensor for part, tensor in matrix.tensors.items()}
         shapes[name] = matrix.shape
-        sizes.append((matrix.nbytes, weight.nbytes))
-    return tensors, {"format": FORMAT, "k": str(tier_map.k), "shapes": json.dumps(shapes, sort_keys=True)}
+        sizes.append((matrix.nbytes, weight.numel()))
+    return tensors, shapes
 
 
-def _shapes(path: Path, metadata: dict[str, str]) -> dict[str, tuple[int, int]]:
-    """Name -> [out, in] of the packed matrices in a file, by its metadata; raises `UserError` if they are no such."""
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: format {metadata.get('format')!r}, this version reads {FORMAT!r}")
+def _to_nearest(_: str, weight: Tensor, tiers: Tensor, bits: int) -> Rounded:
+    return round_in_blocks(weight, tiers, bits)
+
+
+def _shapes(path: Path, metadata: dict[str, str], index: dict) -> dict[str, tuple[int, int]]:
+    """Name -> [out, in] of the packed matrices in a file, by its metadata; raises `UserError` if they are no such, or
+    of another kind of folder than the index says."""
+    for key in ("format", "values"):
+        if (found := metadata.get(key, "bf16" if key == "values" else None)) != index[key]:
+            raise UserError(f"{path}: {key} {found!r}, but {INDEX_NAME} says {index[key]!r}; pack it again")
     try:
         shapes = {name: (rows, columns) for name, (rows, columns) in json.loads(metadata["shapes"]).items()}
         if all(type(size) is int and size > 0 for shape in shapes.values() for size in shape):

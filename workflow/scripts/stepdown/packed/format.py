@@ -6,6 +6,7 @@ strip, column by column, so that the tier map alone says which block is where.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,6 +54,23 @@ class PackedMatrix:
         moved = {part: tensor.to(device) for part, tensor in self.tensors.items()}
         return replace(self, **moved | {part: moved[part].to(dtype or moved[part].dtype) for part in VALUES})
 
+    def check(self, k: int) -> None:
+        """Raises `UserError` unless the parts fit each other; a kernel reads where they say without looking again."""
+        check_tiers(self.shape, self.tiers)
+        dense, two_four, top_k = count_tiers(self.tiers)
+        dtype = self.dense.dtype
+        if not dtype.is_floating_point:
+            raise UserError(f"dense is {dtype}, but the values of these tiers are of a floating type")
+        expected = {
+            "dense": (dtype, [dense, 8, 16, 2]),
+            "two_four": (dtype, [two_four, 4, 16, 2]),
+            "positions": (torch.uint8, [two_four, 4, 8]),
+            "top_k": (dtype, [top_k, k]),
+            "top_k_positions": (torch.uint8, [top_k, k]),
+        }
+        check_parts(self.tensors, expected)
+        check_positions(columns_of(self.positions), self.top_k_positions)
+
 
 VALUES = ("dense", "two_four", "top_k")
 PARTS = tuple(field.name for field in fields(PackedMatrix) if field.name != "shape")
@@ -66,30 +84,28 @@ def packed_bytes(tiers: Tensor, k: int, value_bytes: int = 2) -> int:
     return tiers.numel() + blocks + top_k * k * (value_bytes + 1)
 
 
-def pack(weight: Tensor, tiers: Tensor, k: int) -> PackedMatrix:
+def pack(weight: Tensor, tiers: Tensor, k: int, values: Tensor | None = None) -> PackedMatrix:
     """Pack a weight [out, in] of any floating type whose zeros are as its tiers, uint8 [block rows, block cols], say.
 
-    The parts lie on the weight's device. Raises `ValueError` when a block holds more weights than its tier has room
-    for.
+    values: what is stored of each weight [out, in], if not the weight itself. The parts lie on the weight's device.
+    Raises `ValueError` when a block holds more weights than its tier has room for.
     """
     padded, tiers = pad_to_blocks(weight, BLOCK_SIZE), tiers.to(weight.device, copy=True)
+    sources = padded, padded if values is None else pad_to_blocks(values, BLOCK_SIZE)
 
-    def packed(tier: Tier, pack_blocks: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def packed(tier: Tier, pack_blocks: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """`pack_blocks` over all blocks of a tier, a few at a time."""
         pieces = (tiers == tier).nonzero().split(BLOCKS_AT_ONCE)
-        parts = [pack_blocks(gather_blocks(padded, index, BLOCK_SIZE)) for index in pieces]
+        parts = [pack_blocks(*(gather_blocks(source, index, BLOCK_SIZE) for source in sources)) for index in pieces]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    matrix = PackedMatrix(
+    return PackedMatrix(
         tuple(weight.shape),
         tiers,
         *packed(Tier.DENSE, _pack_dense),
         *packed(Tier.TWO_FOUR, _pack_two_four),
-        *packed(Tier.TOP_K, lambda blocks: _pack_top_k(blocks, k)),
+        *packed(Tier.TOP_K, partial(_pack_top_k, k=k)),
     )
-    if sum(int(getattr(matrix, part).count_nonzero()) for part in VALUES) != int(weight.count_nonzero()):
-        raise ValueError("a block holds more weights than its tier has room for")
-    return matrix
 
 
 def unpack(matrix: PackedMatrix) -> Tensor:
@@ -115,46 +131,55 @@ def strip_layout(tiers: Tensor) -> tuple[Tensor, Tensor]:
     return tiers.sort(dim=1, stable=True).indices.int(), starts
 
 
-def check(matrix: PackedMatrix, k: int) -> None:
-    """Raises `UserError` unless the parts fit each other; a kernel reads where they say without looking again."""
-    grid = grid_shape(matrix.shape, BLOCK_SIZE)
-    if matrix.tiers.dtype != torch.uint8 or tuple(matrix.tiers.shape) != grid or int(matrix.tiers.max()) > max(Tier):
+def check_tiers(shape: tuple[int, int], tiers: Tensor) -> None:
+    grid = grid_shape(shape, BLOCK_SIZE)
+    if tiers.dtype != torch.uint8 or tuple(tiers.shape) != grid or int(tiers.max()) > max(Tier):
         raise UserError(f"the tiers are not {list(grid)} values from 0 to {int(max(Tier))}")
-    dense, two_four, top_k = count_tiers(matrix.tiers)
-    expected = {
-        "dense": [dense, 8, 16, 2],
-        "two_four": [two_four, 4, 16, 2],
-        "positions": [two_four, 4, 8],
-        "top_k": [top_k, k],
-        "top_k_positions": [top_k, k],
-    }
-    for part, shape in expected.items():
-        tensor, dtype = getattr(matrix, part), matrix.dense.dtype if part in VALUES else torch.uint8
-        if list(tensor.shape) != shape or tensor.dtype != dtype or (part in VALUES and not dtype.is_floating_point):
+
+
+def check_parts(tensors: dict[str, Tensor], expected: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    for part, (dtype, shape) in expected.items():
+        tensor = tensors[part]
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
             raise UserError(f"{part} is {tensor.dtype} {list(tensor.shape)}, but the tiers call for {dtype} {shape}")
-    first, second = _columns_of(matrix.positions).unbind(-1)
+
+
+def check_positions(columns: Tensor, top_k_positions: Tensor) -> None:
+    """columns: uint8 [n1, 4, 16, 2], of each row of each 2:4 group."""
+    first, second = columns.unbind(-1)
     if not (first < second).all():
         raise UserError("positions: a 2:4 group names a column twice or out of order")
-    if not (matrix.top_k_positions[:, 1:] > matrix.top_k_positions[:, :-1]).all():
+    if not (top_k_positions[:, 1:] > top_k_positions[:, :-1]).all():
         raise UserError("top_k_positions: a TopK block names a place twice or out of order")
 
 
-def _pack_dense(blocks: Tensor) -> tuple[Tensor]:
+def _pack_dense(_: Tensor, values: Tensor) -> tuple[Tensor]:
     """[n, 16, 16] -> [n, 8, 16, 2]."""
-    return (blocks.unflatten(2, (8, 2)).transpose(1, 2).contiguous(),)
+    return (values.unflatten(2, (8, 2)).transpose(1, 2).contiguous(),)
 
 
-def _pack_two_four(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, 16, 16] -> values [n, 4, 16, 2] and positions uint8 [n, 4, 8]."""
-    groups = blocks.unflatten(2, (4, 4)).transpose(1, 2)
-    code = ((groups != 0) * torch.tensor([1, 2, 4, 8], device=groups.device)).sum(-1)
+def _pack_two_four(blocks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 16, 16] each -> values [n, 4, 16, 2] and positions uint8 [n, 4, 8]."""
+    kept, values = ((of.unflatten(2, (4, 4)).transpose(1, 2)) for of in (blocks != 0, values))
+    _check_room(kept, 2)
+    code = (kept * torch.tensor([1, 2, 4, 8], device=kept.device)).sum(-1)
     columns = KEPT_PAIRS.to(code.device)[code]
+    return values.gather(-1, columns), positions_of(columns)
+
+
+def _check_room(kept: Tensor, room: int) -> None:
+    """kept: which weights are not zero, by groups or blocks in the last axis."""
+    if (kept.sum(-1) > room).any():
+        raise ValueError("a block holds more weights than its tier has room for")
+
+
+def positions_of(columns: Tensor) -> Tensor:
+    """What `columns_of` was given."""
     shifts = torch.tensor([[0, 2], [4, 6]], device=columns.device)
-    positions = (columns.unflatten(2, (8, 2)) << shifts).sum((-1, -2)).to(torch.uint8)
-    return groups.gather(-1, columns), positions
+    return (columns.int().unflatten(2, (8, 2)) << shifts).sum((-1, -2)).to(torch.uint8)
 
 
-def _columns_of(positions: Tensor) -> Tensor:
+def columns_of(positions: Tensor) -> Tensor:
     """uint8 [n, 4, 8] -> the two columns of each row inside its group, uint8 [n, 4, 16, 2]."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=positions.device)
     return (positions[..., None] >> shifts & 3).view(-1, 4, BLOCK_SIZE, 2)
@@ -163,16 +188,18 @@ def _columns_of(positions: Tensor) -> Tensor:
 def _unpack_two_four(values: Tensor, positions: Tensor) -> Tensor:
     """What `_pack_two_four` was given."""
     groups = values.new_zeros([len(values), 4, BLOCK_SIZE, 4])
-    groups.scatter_(-1, _columns_of(positions).long(), values)
+    groups.scatter_(-1, columns_of(positions).long(), values)
     return groups.transpose(1, 2)
 
 
-def _pack_top_k(blocks: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[n, 16, 16] -> values [n, k] and positions uint8 [n, k]; a block of fewer weights names its first zeros too."""
-    entries = blocks.transpose(1, 2).flatten(1)
-    kept = keep_top_k((entries != 0).float(), torch.full([len(entries)], k, device=entries.device))
-    positions = kept.nonzero()[:, 1].view(-1, k)
-    return entries.gather(1, positions), positions.to(torch.uint8)
+def _pack_top_k(blocks: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[n, 16, 16] each -> values [n, k] and positions uint8 [n, k]; a block of fewer weights names its first zeros
+    too."""
+    kept, values = (of.transpose(1, 2).flatten(1) for of in (blocks != 0, values))
+    _check_room(kept, k)
+    named = keep_top_k(kept.float(), torch.full([len(kept)], k, device=kept.device))
+    positions = named.nonzero()[:, 1].view(-1, k)
+    return values.gather(1, positions), positions.to(torch.uint8)
 
 
 def _unpack_top_k(values: Tensor, positions: Tensor) -> Tensor:

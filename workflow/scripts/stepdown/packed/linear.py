@@ -12,7 +12,8 @@ from ..cli import log
 from ..errors import UserError
 from ..tensors.blocks import grid_shape
 from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
-from .format import BLOCK_SIZE, PackedMatrix, check, pack, unpack
+from .format import BLOCK_SIZE, PackedMatrix, pack, unpack
+from .integers import IntegerMatrix, as_floats
 
 
 class Multiply(Protocol):
@@ -30,13 +31,14 @@ class ThreeTierLinear(nn.Module):
     Raises `UserError` when the parts of the matrix do not fit each other.
     """
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, kernel: str):
+    def __init__(self, matrix: PackedMatrix | IntegerMatrix, bias: Tensor | None, kernel: str):
         super().__init__()
         # The kernels read where the parts say, and look no more.
-        check(matrix, k=matrix.top_k.shape[-1])
+        matrix.check(k=matrix.top_k.shape[-1])
         self.out_features, self.in_features = matrix.shape
         self.kernel = kernel
-        self._multiply = KERNELS[kernel](matrix.to(torch.bfloat16), None if bias is None else bias.bfloat16())
+        floats = as_floats(matrix) if isinstance(matrix, IntegerMatrix) else matrix.to(torch.bfloat16)
+        self._multiply = KERNELS[kernel](floats, None if bias is None else bias.bfloat16())
 
     @property
     def weight(self) -> Tensor:

@@ -1,0 +1,164 @@
+"""Packed models of whole numbers on disk: written with and without text, loaded, checked as any packed folder is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from three_tiers import prune_by_magnitude
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stepdown.packed.auto_model  # noqa: F401
+from stepdown.errors import UserError
+from stepdown.models.decoder import open_decoder
+from stepdown.packed.folder import read_index, read_shard, sha256, write_packed
+from stepdown.packed.format import unpack
+from stepdown.packed.integers import as_floats
+from stepdown.packed.model import load_packed
+from stepdown.prune.calibrated_packing import pack_calibrated
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "resources/pydoc-llama"
+TEXT = "\n\n".join(module.__doc__ for module in (json, subprocess, sys))
+
+
+def tokens_of(text, length):
+    tokens = AutoTokenizer.from_pretrained(BUNDLED)(text * 20, return_tensors="pt").input_ids[0]
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """The bundled model pruned; packed in 8 and 4 bits to nearest, and in 4 by GPTQ."""
+    folder = tmp_path_factory.mktemp("bundled")
+    checkpoint, tier_map = prune_by_magnitude(BUNDLED, folder)
+    map_path = folder / "tier_map.safetensors"
+    sizes = {
+        values: write_packed(checkpoint, tier_map, map_path, folder / values, values) for values in ("int8", "int4")
+    }
+    decoder, windows = open_decoder(folder / "model", "cpu"), tokens_of(TEXT, 64)[:16]
+    pack_calibrated(decoder, tier_map, map_path, windows, 4, "int4", folder / "gptq")
+    return folder, checkpoint, sizes
+
+
+def weights(folder):
+    index, found = read_index(folder), {}
+    for file in index["sha256"]:
+        _, matrices = read_shard(folder / file, index)
+        found |= {f"{name}.weight": unpack(as_floats(matrix)) for name, matrix in matrices.items()}
+    return found
+
+
+def test_sizes(bundled):
+    _, _, sizes = bundled
+    assert sizes["int8"] <= 0.70 and sizes["int4"] <= 0.44
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.02), ("int4", 0.11), ("gptq", 0.15)])
+def test_zeros_are_exact_and_the_rest_is_near(bundled, name, most):
+    folder, checkpoint, _ = bundled
+    for weight, found in weights(folder / name).items():
+        exact = checkpoint.tensors([weight])[weight]
+        assert not found[exact == 0].any()
+        assert (found - exact).norm() < most * exact.norm(), weight
+
+
+@torch.no_grad()
+def test_gptq_is_nearer_to_the_model_than_rounding_is(bundled):
+    folder = bundled[0]
+    tokens = tokens_of(TEXT, 64)[:4]
+
+    def logits(model):
+        return model(tokens).logits.float().log_softmax(-1)
+
+    exact = logits(AutoModelForCausalLM.from_pretrained(folder / "model"))
+    errors = {
+        name: (logits(load_packed(folder / name, "torch", "cpu")) - exact).norm().item()
+        for name in ("int8", "gptq", "int4")
+    }
+    assert errors["int8"] < 0.4 * errors["gptq"] and errors["gptq"] < 0.9 * errors["int4"], errors
+
+
+@torch.no_grad()
+def test_every_way_to_load_gives_the_same_model(bundled):
+    folder, tokens = bundled[0] / "gptq", torch.arange(24)[None]
+    ours = load_packed(folder, "torch", "cpu")(tokens).logits
+    for theirs in (load_packed(folder, device="cpu"), AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")):
+        assert (theirs(tokens).logits - ours).norm() < 3e-2 * ours.norm()
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config == {"quant_method": "stepdown", "format": "stepdown packed 2", "values": "int4"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@torch.no_grad()
+def test_families(family, tmp_path):
+    """Matrices held transposed; experts, of which some may see no token."""
+    _, tier_map = prune_by_magnitude(make_model(family, tmp_path / "base"), tmp_path)
+    windows = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+    decoder = open_decoder(tmp_path / "model", "cpu")
+    pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int8", tmp_path / "packed")
+    ours = load_packed(tmp_path / "packed", "torch", "cpu")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert (ours(windows).logits - exact(windows).logits).norm() < 5e-2 * exact(windows).logits.norm()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "packed", "tier_map.safetensors"]
+
+
+# ---------------------------------------------------------------- what is not whole
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "match"),
+    [
+        ("positions", lambda tensor: tensor * 0, "names a column twice"),
+        ("dense", lambda tensor: tensor[1:], "dense is"),
+        ("scales", lambda tensor: tensor * -1, "not a positive number"),
+        ("two_four_multiples", lambda tensor: tensor.float(), "two_four_multiples is"),
+        ("two_four_multiples", None, "two_four_multiples is missing"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_even_with_the_right_hash(bundled, tmp_path, part, change, match):
+    folder = shutil.copytree(bundled[0] / "int4", tmp_path / "packed")
+    file, name = folder / "model.layers.2.safetensors", f"model.layers.2.mlp.up_proj.{part}"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors[name] = change(tensors[name]) if change else tensors.pop(name)
+    if not change:
+        del tensors[name]
+    save_file(tensors, file, metadata=metadata)
+    index = json.loads((folder / "packed.json").read_text())
+    index["sha256"][file.name] = sha256(file)
+    (folder / "packed.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=match) as caught:
+        load_packed(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weight_that_is_not_finite(tmp_path):
+    checkpoint, tier_map = prune_by_magnitude(make_model("llama", tmp_path / "base"), tmp_path)
+    shard = tmp_path / "model/model.layers.1.safetensors"
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name][tensors[name] != 0] = torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(UserError, match="up_proj: a weight is NaN or infinite"):
+        write_packed(checkpoint, tier_map, "map", tmp_path / "packed", "int8")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_the_script(bundled, tmp_path):
+    folder = bundled[0]
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    options = ["--model", folder / "model", "--tier-map", folder / "tier_map.safetensors", "--values", "int4"]
+    options += ["--text", tmp_path / "text.txt", "--samples", 4, "--sequence-length", 32, "--device", "cpu"]
+    command = [sys.executable, ROOT / "workflow/scripts/pack_integers.py", *options, "--output", tmp_path / "packed"]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "bytes a weight" in finished.stderr
+    assert read_index(tmp_path / "packed")["values"] == "int4"

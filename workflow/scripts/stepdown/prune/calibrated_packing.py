@@ -1,0 +1,62 @@
+"""Packing a model as whole numbers by GPTQ: the kept weights of each layer make up for their rounding, on text."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..cli import log
+from ..errors import UserError
+from ..models.checkpoint import load_tensors, save_tensors, waiting_beside
+from ..models.decoder import Decoder
+from ..models.layer_walk import LayerWalk
+from ..models.tier_maps import TierMap, check_zeros
+from ..packed.folder import VALUES, check_packable, write_packed
+from ..tensors.block_rounding import Rounded, round_in_blocks
+from .layerwise import change_layers
+from .statistics import accumulating_hessians
+
+
+def pack_calibrated(
+    decoder: Decoder, tier_map: TierMap, map_path: Path, windows: Tensor, batch_size: int, values: str, target: Path
+) -> float:
+    """Write the packed folder `target` of a model, `values` of whole numbers, one decoder layer in memory at a time.
+
+    windows: int64 [samples, tokens]; each layer sees what the rounded ones before it give. Returns the bytes of the
+    packed matrices per weight. Raises `UserError` as `write_packed` does, and for weights that are not finite.
+    """
+    check_packable(decoder.checkpoint, tier_map, map_path)
+    with waiting_beside(target) as waiting:
+        file_of = _round_layers(decoder, tier_map, windows, batch_size, VALUES[values], waiting)
+
+        def rounding(name: str, weight: Tensor, tiers: Tensor) -> Rounded:
+            return Rounded(**load_tensors(file_of[name])[0])
+
+        return write_packed(decoder.checkpoint, tier_map, map_path, target, values, rounding)
+
+
+@torch.no_grad()
+def _round_layers(
+    decoder: Decoder, tier_map: TierMap, windows: Tensor, batch_size: int, bits: int, waiting: Path
+) -> dict[str, Path]:
+    """Name of each matrix -> the file in `waiting` with what it was rounded to: layers are walked in the order of the
+    model, and packed in the order of their names."""
+    file_of: dict[str, Path] = {}
+
+    def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
+        check_zeros(tier_map, name, weight.cpu(), decoder.checkpoint.folder)
+        if not weight.isfinite().all():
+            raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
+        if (hessian := statistics["hessian"]) is None:
+            log.warning("%s saw no token of the calibration text: rounded to nearest", name)
+        rounded = round_in_blocks(weight, tier_map.tiers[name], bits, hessian, name)
+        file_of[name] = waiting / f"{len(file_of)}.safetensors"
+        parts = {part: getattr(rounded, part).cpu() for part in ("codes", "multiples", "scales")}
+        save_tensors(parts, file_of[name], {})
+        return rounded.weight
+
+    gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
+    for _ in change_layers(LayerWalk(decoder, windows.split(batch_size)), "round", gather, make):
+        pass
+    return file_of

@@ -1,0 +1,107 @@
+"""A matrix in three tiers with its kept weights as whole numbers of 8 or 4 bits: round to nearest, or GPTQ.
+
+A weight is code * multiple * scale. Each row has a scale; each row of each 16 x 16 block has a multiple of it, a whole
+number of 8 bits with a sign:
+
+* 8 bits: the multiple is 1, and the largest weight of the row becomes the code 127 or -127.
+* 4 bits: the largest weight of the row of the block becomes about the code -8, whatever its sign. The few weights of a
+  TopK block, the largest of their block, keep 8 bits; there the multiple is 8.
+
+What is zero stays zero. Under a Hessian H of the inputs, columns are rounded from left to right and those to come make
+up for it (`quantisation.gptq` has the source).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import pad_to_blocks
+from .sparsegpt import settle_columns, updated
+from .tiers import Tier
+
+BLOCK_SIZE = 16
+BITS = (4, 8)
+# The largest code of 8 bits, either sign; of 4 bits the least one.
+LARGEST_8, LEAST_4 = 127, -8
+# By what the step is multiplied that makes the largest weight the code -8: tried in turn, the best is taken.
+STEP_FACTORS = (1.0, 0.95, 1.05, 1.1, 1.15)
+# Of a TopK block where the others have 4 bits: both kinds then reach as far from zero.
+TOP_K_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """codes: int8 [out, in]; multiples: int8 [out, block cols]; scales: float32 [out]."""
+
+    codes: Tensor
+    multiples: Tensor
+    scales: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for: float32 [out, in]."""
+        multiples = self.multiples.repeat_interleave(BLOCK_SIZE, 1)[:, : self.codes.shape[1]]
+        return self.codes * multiples.short() * self.scales[:, None]
+
+
+def round_in_blocks(
+    weight: Tensor, tiers: Tensor, bits: int, hessian: Tensor | None = None, name: str = "matrix"
+) -> Rounded:
+    """Round a weight [out, in] whose zeros are as its tiers, uint8 [block rows, block cols], say; to nearest without a
+    Hessian [in, in], by GPTQ with one. Raises `UserError` as `sparsegpt.factorise` does."""
+    row_tiers = tiers.to(weight.device).repeat_interleave(BLOCK_SIZE, 0)[: len(weight)]
+    largest = weight.float().abs().amax(1) / (LARGEST_8 if bits == 8 else LARGEST_8 * TOP_K_MULTIPLE)
+    scales = torch.where(largest == 0, 1.0, largest)
+    if hessian is None:
+        blocks = pad_to_blocks(weight.float(), BLOCK_SIZE)[: len(weight)].unflatten(1, (-1, BLOCK_SIZE))
+        multiples = fit_multiples(blocks, row_tiers, scales, bits)
+        steps = multiples * scales[:, None]
+        codes = to_codes(blocks, steps[..., None], row_tiers[..., None], bits).flatten(1)[:, : weight.shape[1]]
+        return Rounded(codes.contiguous(), multiples, scales)
+    return _gptq(weight, row_tiers, scales, bits, hessian, name)
+
+
+def _gptq(weight: Tensor, row_tiers: Tensor, scales: Tensor, bits: int, hessian: Tensor, name: str) -> Rounded:
+    keep = (weight != 0).T.contiguous()
+    codes = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
+    multiples = torch.empty(row_tiers.shape[::-1], dtype=torch.int8, device=weight.device)
+
+    def begin(part: slice, columns: Tensor, change: Tensor, factor: Tensor, _: Tensor) -> None:
+        block = part.start // BLOCK_SIZE
+        # Those that are masked have no say in what the step is.
+        weights = updated(part, columns, change, factor) * keep[part].T
+        multiples[block] = fit_multiples(weights[:, None], row_tiers[:, block, None], scales, bits)[:, 0]
+
+    def settle(i: int, column: Tensor) -> Tensor:
+        block = i // BLOCK_SIZE
+        step = multiples[block] * scales
+        codes[i] = to_codes(column, step, row_tiers[:, block], bits) * keep[i]
+        return codes[i] * step
+
+    settle_columns(weight, hessian, BLOCK_SIZE, begin, settle, name)
+    return Rounded(codes.T.contiguous(), multiples.T.contiguous(), scales)
+
+
+def fit_multiples(blocks: Tensor, row_tiers: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """The multiple of each row of blocks that leaves its codes nearest to its weights, in squares: [out, blocks, 16],
+    tiers [out, blocks] and scales [out] -> int8 [out, blocks]."""
+    if bits == 8:
+        return torch.ones_like(row_tiers, dtype=torch.int8)
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1) / (LEAST_4 * scales[:, None])
+    best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+    for factor in STEP_FACTORS:
+        multiples = (largest * factor).round().clamp(-LARGEST_8, LARGEST_8)
+        # Where even the least step is too large, all codes are zero.
+        multiples = torch.where(multiples == 0, 1.0, multiples)
+        steps = (multiples * scales[:, None])[..., None]
+        lost = (to_codes(blocks, steps, row_tiers[..., None], bits) * steps - blocks).square().sum(-1)
+        best, least = torch.where(lost < least, multiples, best), torch.minimum(lost, least)
+    return torch.where(row_tiers == Tier.TOP_K, float(TOP_K_MULTIPLE), best).to(torch.int8)
+
+
+def to_codes(weight: Tensor, steps: Tensor, row_tiers: Tensor, bits: int) -> Tensor:
+    """The nearest code of each weight, int8; steps, multiple * scale, and tiers may be one for several."""
+    wide = (row_tiers == Tier.TOP_K) | (bits == 8)
+    low, high = torch.where(wide, -LARGEST_8, LEAST_4), torch.where(wide, LARGEST_8, -LEAST_4 - 1)
+    return torch.maximum(torch.minimum((weight / steps).round(), high), low).to(torch.int8)
