@@ -20,7 +20,9 @@ import sys
 import torch
 from stepdown.packed import cpu
 from stepdown.packed.format import pack
-from stepdown.packed.linear import ThreeTierLinear
+from stepdown.packed.integers import pack_integers
+from stepdown.packed.linear import INTEGER_KERNELS, ThreeTierLinear
+from stepdown.tensors.block_rounding import round_in_blocks
 from three_tiers import random_three_tier
 
 library = cpu.load_library(sys.argv[1])
@@ -30,10 +32,14 @@ for kernel in (name for name, needed in cpu.INSTRUCTIONS.items() if level >= nee
     for seed, (shape, k) in enumerate([((96, 160), 10), ((100, 130), 16), ((48, 24), 1), ((1, 1), 1), ((70, 40), 256)]):
         weight, tiers = random_three_tier(shape, k, seed)
         for chosen in (tiers, *(torch.full_like(tiers, tier) for tier in range(3))):
-            matrix = pack(random_three_tier(shape, k, seed, chosen)[0], chosen, k)
-            layer = ThreeTierLinear(matrix, torch.zeros(shape[0]), kernel)
-            for rows in (0, 1, 2, 3, 5, 9, 16, 37, 260):
-                layer(torch.randn(rows, shape[1]))
+            weight = random_three_tier(shape, k, seed, chosen)[0]
+            matrices = [pack(weight, chosen, k)]
+            for bits in (8, 4) if kernel in INTEGER_KERNELS else ():
+                matrices.append(pack_integers(weight, round_in_blocks(weight, chosen, bits), chosen, k, bits))
+            for matrix in matrices:
+                layer = ThreeTierLinear(matrix, torch.zeros(shape[0]), kernel)
+                for rows in (0, 1, 2, 3, 5, 9, 16, 37, 260):
+                    layer(torch.randn(rows, shape[1]))
 print("all clean")
 """
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from ..cli import log
 from ..files import cache_folder
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
+from .integers import IntegerMatrix, as_floats
 from .quads import top_k_quads
 
 SOURCE = Path(__file__).with_name("three_tier.cpp")
@@ -30,37 +31,45 @@ class NoKernel(Exception):
 class _Matrix(ctypes.Structure):
     """`Matrix` of three_tier.cpp."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("strips", "block_columns", "outputs", "k")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("strips", "block_columns", "outputs", "k", "bits")] + [
         (name, ctypes.c_void_p)
         for name in (
             *("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias"),
             *("quad_values", "quad_columns", "quad_blocks", "vectors_before", "quads_before"),
+            *("dense_codes", "two_four_codes", "code_positions"),
+            *("dense_multiples", "two_four_multiples", "scales"),
         )
     ]
 
 
 class CpuMultiply:
-    """x -> x W^T + b, bf16 [rows, in] -> [rows, out], for a checked bf16 matrix; instructions: `avx512` or `avx2`."""
+    """x -> x W^T + b, bf16 [rows, in] -> [rows, out], for a checked matrix of bf16 or, with AVX-512, of whole numbers;
+    instructions: `avx512` or `avx2`."""
 
-    def __init__(self, matrix: PackedMatrix, bias: Tensor | None, instructions: str):
+    def __init__(self, matrix: PackedMatrix | IntegerMatrix, bias: Tensor | None, instructions: str):
         self._library = library()
         self._avx512 = int(instructions == "avx512")
         self._packed = matrix
         strips, block_columns = matrix.tiers.shape
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
-        parts = (matrix.dense, matrix.two_four, matrix.positions, matrix.top_k, matrix.top_k_positions)
-        quads = top_k_quads(matrix) if self._avx512 else ()
+        floats, bits, codes = matrix, 0, ()
+        if isinstance(matrix, IntegerMatrix):
+            # Of them only the TopK blocks are computed with.
+            floats, bits = as_floats(matrix), matrix.bits
+            multiples = matrix.dense_multiples, matrix.two_four_multiples
+            scales = pad(matrix.scales, (0, strips * BLOCK_SIZE - matrix.shape[0]))
+            codes = matrix.dense, matrix.two_four, matrix.positions, *multiples, scales
+        blocks = (None, None, None) if bits else (floats.dense, floats.two_four, floats.positions)
+        quads = top_k_quads(floats) if self._avx512 else (None,) * 5
+        parts = (*blocks, floats.top_k, floats.top_k_positions, *strip_layout(matrix.tiers), bias, *quads)
         # Held, since the kernel knows addresses only.
-        self._tensors = [
-            None if tensor is None else tensor.contiguous()
-            for tensor in (*parts, *strip_layout(matrix.tiers), bias, *quads)
-        ]
+        self._tensors = [None if tensor is None else tensor.contiguous() for tensor in (*parts, *codes)]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], *addresses)
+        self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], bits, *addresses)
 
     @property
     def weight(self) -> Tensor:
-        return unpack(self._packed)
+        return unpack(as_floats(self._packed) if isinstance(self._packed, IntegerMatrix) else self._packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = pad(x, (0, self._padding)) if self._padding else x.contiguous()

@@ -37,8 +37,11 @@ class ThreeTierLinear(nn.Module):
         matrix.check(k=matrix.top_k.shape[-1])
         self.out_features, self.in_features = matrix.shape
         self.kernel = kernel
-        floats = as_floats(matrix) if isinstance(matrix, IntegerMatrix) else matrix.to(torch.bfloat16)
-        self._multiply = KERNELS[kernel](floats, None if bias is None else bias.bfloat16())
+        if not isinstance(matrix, IntegerMatrix):
+            matrix = matrix.to(torch.bfloat16)
+        elif kernel not in INTEGER_KERNELS:
+            matrix = as_floats(matrix)
+        self._multiply = KERNELS[kernel](matrix, None if bias is None else bias.bfloat16())
 
     @property
     def weight(self) -> Tensor:
@@ -82,6 +85,9 @@ KERNELS: dict[str, Callable[[PackedMatrix, Tensor | None], Multiply]] = {
     "triton": _triton,
     "torch": TorchMultiply,
 }
+
+# Those that compute with whole numbers; the others are given what these stand for.
+INTEGER_KERNELS = ("avx512",)
 
 
 def choose_kernel(kernel: str, device: torch.device) -> str:

@@ -4,7 +4,11 @@
 // One vector of 16 floats holds the outputs of a strip. Dense blocks go two columns at a time, 32 weights against one pair
 // of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit positions: nothing is
 // decompressed. TopK blocks go four at a time in the same way (quads.py); with AVX2 their weights are added one by one.
+//
+// Where kept weights are whole numbers (`bits`), those of Dense and 2:4 blocks are multiplied as such: x is made 8 bits
+// too, each 16 of a block column with a step of their own.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -23,7 +27,7 @@ constexpr int64_t ROWS_AT_ONCE = 256;
 using bf16 = uint16_t;
 
 struct Matrix {
-    int64_t strips, block_columns, outputs, k;
+    int64_t strips, block_columns, outputs, k, bits;
     const bf16 *dense;              // [dense blocks][8 column pairs][16 rows][2]
     const bf16 *two_four;           // [2:4 blocks][4 groups][16 rows][2 kept]
     const uint64_t *positions;      // [2:4 blocks][4 groups]: row r's two positions are bits 4r..4r+1 and 4r+2..4r+3
@@ -38,6 +42,13 @@ struct Matrix {
     const int32_t *quad_blocks;     // [quads][4]: where in the strip the blocks stand
     const int64_t *vectors_before;  // [quads + 1]
     const int64_t *quads_before;    // [strips + 1]
+    // Where `bits` is not 0, whole numbers of so many bits in place of `dense`, `two_four` and `positions`.
+    const uint8_t *dense_codes;        // 8 bits: [Dense blocks][4][16 rows][4 columns]; 4: [..][2][16][4], two in a byte
+    const uint8_t *two_four_codes;     // 8 bits: [2:4 blocks][2][16 rows][4 kept]; 4: [..][1][16][4]
+    const uint8_t *code_positions;     // [2:4 blocks][2][16 rows]: four positions of two bits
+    const int8_t *dense_multiples;     // 4 bits: [Dense blocks][16 rows]
+    const int8_t *two_four_multiples;  // 4 bits: [2:4 blocks][16 rows]
+    const float *scales;               // [strips][16 rows]
 };
 
 // One strip's blocks of one tier.
@@ -72,6 +83,10 @@ inline bf16 narrow(float value) {
 struct Input {
     const bf16 *x;     // [block columns][R][16]
     const float *wide; // the same as floats, [block columns][16][R], for AVX2 alone
+    // For weights of whole numbers: code * step is about x.
+    const int8_t *codes;  // [block columns][R][16]
+    const float *steps;   // [block columns][R]
+    const int32_t *sums;  // [block columns][R]: of the codes
 };
 
 // --- AVX-512 BF16 and VBMI ---------------------------------------------------------------------------------------------
@@ -272,8 +287,7 @@ template <int R> AVX2_INLINE void store(Totals256<R> &total, const float *top_k,
 // A macro, since what is inlined must be compiled for the same instructions, and no template can be told for which.
 #define STRIP(name, INSTRUCTIONS, Totals)                                                                              \
     template <int R>                                                                                                   \
-    INSTRUCTIONS void name(const Matrix &m, int64_t strip, const bf16 *x, const float *wide, float *sums) {            \
-        const Input in{x, wide};                                                                                       \
+    INSTRUCTIONS void name(const Matrix &m, int64_t strip, Input in, float *sums) {                                    \
         Totals<R> total = {};                                                                                          \
         alignas(64) float rest[B * R] = {};                                                                            \
         const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = Totals<R>::top_k(m, strip);     \
@@ -294,7 +308,121 @@ template <int R> AVX2_INLINE void store(Totals256<R> &total, const float *top_k,
 STRIP(strip_avx512, AVX512, Totals512)
 STRIP(strip_avx2, AVX2, Totals256)
 
-using Strip = void (*)(const Matrix &, int64_t, const bf16 *, const float *, float *);
+// --- whole numbers, AVX-512 VNNI ---------------------------------------------------------------------------------------
+
+#define VNNI                                                                                                           \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,fma,avx2")))
+#define VNNI_INLINE VNNI __attribute__((always_inline)) inline
+
+// What is added to codes, which the instruction takes as not negative.
+template <int BITS> constexpr int OFFSET = BITS == 8 ? 128 : 8;
+
+// COUNT vectors of codes [16 rows][4] with their offset.
+template <int BITS, int COUNT> VNNI_INLINE void load_codes(const uint8_t *codes, __m512i *vectors) {
+    if constexpr (BITS == 8) {
+#pragma GCC unroll 4
+        for (int v = 0; v < COUNT; ++v)
+            vectors[v] = _mm512_xor_si512(_mm512_loadu_si512(codes + 64 * v), _mm512_set1_epi8(char(0x80)));
+    } else {
+        const __m512i lower = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT / 2; ++v) {
+            const __m512i two = _mm512_loadu_si512(codes + 64 * v);
+            vectors[2 * v] = _mm512_and_si512(two, lower);
+            vectors[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), lower);
+        }
+    }
+}
+
+// What a row of a block is multiplied by: the step of x, and with 4 bits the multiple.
+template <int BITS> VNNI_INLINE __m512 factors(const int8_t *multiples, float step) {
+    const __m512 all = _mm512_set1_ps(step);
+    if constexpr (BITS == 8) return all;
+    return _mm512_mul_ps(all, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)multiples))));
+}
+
+template <int BITS, int R>
+VNNI_INLINE void add_dense_codes(const uint8_t *codes, const int8_t *multiples, Input in, int64_t column,
+                                 __m512 *total) {
+    __m512i weights[4];
+    load_codes<BITS, 4>(codes, weights);
+    fetch<R>(codes + 1024), fetch<R>(codes + 1024 + 64);
+    if constexpr (BITS == 8) fetch<R>(codes + 1024 + 128), fetch<R>(codes + 1024 + 192);
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const int8_t *x = in.codes + (column * R + n) * B;
+        __m512i sum = _mm512_set1_epi32(-OFFSET<BITS> * in.sums[column * R + n]);
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+            int32_t four;
+            std::memcpy(&four, x + 4 * g, 4);
+            sum = _mm512_dpbusd_epi32(sum, weights[g], _mm512_set1_epi32(four));
+        }
+        total[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factors<BITS>(multiples, in.steps[column * R + n]), total[n]);
+    }
+}
+
+template <int BITS, int R>
+VNNI_INLINE void add_two_four_codes(const uint8_t *codes, const uint8_t *positions, const int8_t *multiples, Input in,
+                                    int64_t column, __m512 *total) {
+    __m512i weights[2], index[2];
+    load_codes<BITS, 2>(codes, weights);
+    fetch<R>(codes + 1024), fetch<R>(positions + 512);
+    if constexpr (BITS == 8) fetch<R>(codes + 1024 + 64);
+    // Of the 32 bits with a row's four positions byte i takes those from 2 i on; the last two are of the second group.
+    const __m512i shifts = _mm512_set1_epi64(0x2624222006040200), second = _mm512_set1_epi32(0x04040000);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+        const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(positions + 16 * h)));
+        const __m512i places = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, rows), _mm512_set1_epi8(3));
+        index[h] = _mm512_or_si512(places, second);
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const int8_t *x = in.codes + (column * R + n) * B;
+        __m512i sum = _mm512_setzero_si512(), offsets = _mm512_setzero_si512();
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            int64_t eight;
+            std::memcpy(&eight, x + 8 * h, 8);
+            const __m512i permuted = _mm512_shuffle_epi8(_mm512_set1_epi64(eight), index[h]);
+            sum = _mm512_dpbusd_epi32(sum, weights[h], permuted);
+            offsets = _mm512_dpbusd_epi32(offsets, _mm512_set1_epi8(char(OFFSET<BITS>)), permuted);
+        }
+        sum = _mm512_sub_epi32(sum, offsets);
+        total[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factors<BITS>(multiples, in.steps[column * R + n]), total[n]);
+    }
+}
+
+// As STRIP; the weights of TopK blocks, a few, are bf16 here as well.
+template <int BITS, int R> VNNI void strip_vnni(const Matrix &m, int64_t strip, Input in, float *sums) {
+    constexpr int DENSE_BYTES = 32 * BITS, TWO_FOUR_BYTES = 16 * BITS, MULTIPLES = BITS == 8 ? 0 : B;
+    __m512 total[R] = {};
+    Totals512<R> rest = {};
+    const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = Totals512<R>::top_k(m, strip);
+    const int64_t longest = std::max({dense.count, two_four.count, top_k.count});
+    const int64_t turn = Totals512<R>::WAITS ? 1 : longest;
+    for (int64_t start = 0, step = 0; start < longest; start += turn) {
+        for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)
+            add_dense_codes<BITS, R>(m.dense_codes + (dense.first + b) * DENSE_BYTES,
+                                     m.dense_multiples + MULTIPLES * (dense.first + b), in, dense.columns[b], total);
+        for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)
+            add_two_four_codes<BITS, R>(m.two_four_codes + (two_four.first + b) * TWO_FOUR_BYTES,
+                                        m.code_positions + (two_four.first + b) * 2 * B,
+                                        m.two_four_multiples + MULTIPLES * (two_four.first + b), in,
+                                        two_four.columns[b], total);
+        for (const int64_t due = Totals512<R>::due(start + turn, longest, top_k.count); step < due; ++step)
+            add_top_k(m, top_k, step, in, rest, nullptr);
+    }
+    store(rest, nullptr, sums);
+    const __m512 scales = _mm512_loadu_ps(m.scales + strip * B);
+    for (int n = 0; n < R; ++n)
+        _mm512_storeu_ps(sums + n * B, _mm512_fmadd_ps(total[n], scales, _mm512_loadu_ps(sums + n * B)));
+}
+
+// --- all of them -------------------------------------------------------------------------------------------------------
+
+using Strip = void (*)(const Matrix &, int64_t, Input, float *);
 
 struct Kernel {
     int rows; // of x at a time
@@ -302,28 +430,43 @@ struct Kernel {
 };
 
 // The smallest kernel that takes all rows at once, or the largest there is.
-Kernel choose(bool avx512, int64_t rows) {
+Kernel choose(int64_t bits, bool avx512, int64_t rows) {
     static const std::vector<Kernel> with_avx512 = {
         {1, strip_avx512<1>}, {2, strip_avx512<2>}, {4, strip_avx512<4>}, {8, strip_avx512<8>}, {16, strip_avx512<16>}};
     static const std::vector<Kernel> with_avx2 = {{1, strip_avx2<1>}, {2, strip_avx2<2>}, {4, strip_avx2<4>}};
-    const auto &kernels = avx512 ? with_avx512 : with_avx2;
+    static const std::vector<Kernel> of_8_bits = {
+        {1, strip_vnni<8, 1>}, {2, strip_vnni<8, 2>}, {4, strip_vnni<8, 4>}, {8, strip_vnni<8, 8>}, {16, strip_vnni<8, 16>}};
+    static const std::vector<Kernel> of_4_bits = {
+        {1, strip_vnni<4, 1>}, {2, strip_vnni<4, 2>}, {4, strip_vnni<4, 4>}, {8, strip_vnni<4, 8>}, {16, strip_vnni<4, 16>}};
+    const auto &kernels = bits == 8 ? of_8_bits : bits == 4 ? of_4_bits : avx512 ? with_avx512 : with_avx2;
     for (const Kernel &kernel : kernels)
         if (kernel.rows >= rows) return kernel;
     return kernels.back();
 }
 
 // Rows of x in bundles of R, block column by block column: bf16 [bundles][block columns][R][16], and as floats
-// [bundles][block columns][16][R]; rows that are missing in the last bundle are zero.
+// [bundles][block columns][16][R]; rows that are missing in the last bundle are zero. And as codes, see `Input`.
 struct Inputs {
     int R;
     int64_t bundles, block_columns, rows;
     std::vector<bf16> narrow;
     std::vector<float> wide;
+    std::vector<int8_t> codes;
+    std::vector<float> steps;
+    std::vector<int32_t> sums;
 
-    void reserve(int rows_at_once, int64_t all_rows, int64_t columns, bool with_wide) {
+    void reserve(int rows_at_once, int64_t all_rows, int64_t columns, bool with_wide, bool with_codes) {
         R = rows_at_once, rows = all_rows, block_columns = columns, bundles = (all_rows + R - 1) / R;
         const size_t size = size_t(bundles * block_columns * R * B);
-        narrow.resize(size), wide.resize(with_wide ? size : 0);
+        narrow.resize(size), wide.resize(with_wide ? size : 0), codes.resize(with_codes ? size : 0);
+        steps.resize(codes.size() / B), sums.resize(codes.size() / B);
+    }
+
+    Input bundle(int64_t number) const {
+        const int64_t start = number * block_columns * R * B;
+        return {narrow.data() + start, wide.empty() ? nullptr : wide.data() + start,
+                codes.empty() ? nullptr : codes.data() + start, codes.empty() ? nullptr : steps.data() + start / B,
+                codes.empty() ? nullptr : sums.data() + start / B};
     }
 
     void fill(const bf16 *x, int64_t bundle, int64_t column) {
@@ -336,6 +479,22 @@ struct Inputs {
             else
                 std::memset(target, 0, B * sizeof(bf16));
             for (int c = 0; c < B && !wide.empty(); ++c) wide[start + c * R + n] = widen(target[c]);
+            if (!codes.empty())
+                to_codes(target, codes.data() + start + n * B, steps[start / B + n], sums[start / B + n]);
+        }
+    }
+
+    // 16 values of x: the largest becomes 127 or -127. Where one is infinite or no number all are no number.
+    static void to_codes(const bf16 *x, int8_t *codes, float &step, int32_t &sum) {
+        bf16 most = 0;
+        for (int c = 0; c < B; ++c) most = std::max<bf16>(most, x[c] & 0x7fff);
+        const float largest = widen(most);
+        const bool finite = most < 0x7f80, counts = finite && largest > 1e-30f;
+        const float inverse = counts ? 127 / largest : 0;
+        step = finite ? largest / 127 : NAN, sum = 0;
+        for (int c = 0; c < B; ++c) {
+            codes[c] = counts ? int8_t(std::lrintf(widen(x[c]) * inverse)) : int8_t(0);
+            sum += codes[c];
         }
     }
 };
@@ -355,19 +514,17 @@ void multiply_strips(const Matrix &m, const Kernel &kernel, const Inputs &inputs
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
         for (int64_t strip = first; strip < end; ++strip) {
             alignas(64) float sums[B * B];
-            const int64_t start = bundle * m.block_columns * inputs.R * B;
-            const float *wide = inputs.wide.empty() ? nullptr : inputs.wide.data() + start;
-            kernel.strip(m, strip, inputs.narrow.data() + start, wide, sums);
+            kernel.strip(m, strip, inputs.bundle(bundle), sums);
             store(m, inputs, strip, bundle, sums, y);
         }
 }
 
 void multiply(const Matrix &m, const bf16 *x, int64_t rows, bf16 *y, int threads, bool avx512) {
-    const Kernel kernel = choose(avx512, rows);
+    const Kernel kernel = choose(m.bits, avx512, rows);
     // Kept from call to call: fresh memory costs more than filling it.
     static thread_local Inputs kept;
     Inputs &inputs = kept;
-    inputs.reserve(kernel.rows, rows, m.block_columns, !avx512);
+    inputs.reserve(kernel.rows, rows, m.block_columns, !avx512, m.bits);
     // One thread is done with a single bundle before two have met.
 #pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
@@ -379,11 +536,12 @@ void multiply(const Matrix &m, const bf16 *x, int64_t rows, bf16 *y, int threads
 
 } // namespace
 
-// 2: AVX-512 with BF16 and VBMI; 1: AVX2 with FMA; 0: neither.
+// 2: AVX-512 with BF16, VBMI and VNNI; 1: AVX2 with FMA; 0: neither.
 extern "C" int three_tier_instructions() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+                        __builtin_cpu_supports("avx512vnni");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     return avx512 ? 2 : avx2 ? 1 : 0;
 }

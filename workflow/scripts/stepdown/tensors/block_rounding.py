@@ -21,7 +21,6 @@ from .sparsegpt import settle_columns, updated
 from .tiers import Tier
 
 BLOCK_SIZE = 16
-BITS = (4, 8)
 # The largest code of 8 bits, either sign; of 4 bits the least one.
 LARGEST_8, LEAST_4 = 127, -8
 # By what the step is multiplied that makes the largest weight the code -8: tried in turn, the best is taken.
