@@ -54,6 +54,20 @@ def make_model(family: str, folder: Path, seed: int = 0, dtype: str = "float32",
     return folder
 
 
+def with_uneven_norms(folder: Path) -> Path:
+    """The model of a folder as if it were trained: its norms are not all ones any more, nor its shifts zeros."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
 def as_it_computes(model):
     """Every matrix [out, in] of the decoder layers of a Hugging Face model, whatever form it has there."""
     for name, module in model.named_modules():

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, make_model
+from families import FAMILIES, VOCABULARY, make_model, with_uneven_norms
 from torch.nn.functional import cosine_similarity
 
 from stepdown.errors import UserError
@@ -41,18 +41,6 @@ def load(folder):
 def logits(model):
     with torch.no_grad():
         return model(TOKENS).logits
-
-
-def with_uneven_norms(folder):
-    """A trained model's norms are not all ones, nor its shifts zeros."""
-    model = load(folder)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    return folder
 
 
 def cut(folder, width, target):

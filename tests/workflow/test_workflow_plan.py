@@ -166,6 +166,17 @@ def test_compressions_start_from_the_model_of_their_step(fresh):
     assert listed == base | steps | MEASURED
 
 
+def test_channels_are_sorted_before_everything_else(fresh):
+    options = ("--config", "sort_channels=true")
+    assert fresh.plan(*options) == fresh.plan() | {("iter0", "sort_channels")}
+    printed = fresh.run("--dry-run", "--printshellcmds", *options)
+    (imported,) = re.findall(r"base_model.py .* --output-model (\S+)", printed)
+    (used, made) = re.search(r"sort_channels.py --model (\S+) .* --output-model (\S+)", printed).groups()
+    assert imported == used == "results/iter0/unsorted/model" and made == "results/iter0/model"
+    others = set(re.findall(r"--(?:\w+-)?model (results/iter0/\S+)", printed)) - {imported}
+    assert others == {made}
+
+
 def test_a_gradual_run_is_finetuned_on_a_schedule_of_its_own(fresh):
     step = "gradual/wanda-2of4"
     told = finetuning(fresh, f"results/{step}/eval.json")[step]
@@ -295,6 +306,15 @@ def test_only_the_keys_a_rule_uses_rerun_it(finished_once):
     options = ("recovery={lora: {rank: 4}}", "schedule=other.csv", "evaluation={tokens: 512}")
     evaluated = jobs(["iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier", *RUNS], {"evaluate"})
     assert finished_once.plan(MINE, "--config", *options) == evaluated | {("iter0", "evaluate_base")} | SIDE_BY_SIDE
+
+
+def test_sorting_channels_or_no_longer_makes_every_model_anew(finished):
+    models = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
+    models |= jobs(RUNS, RUN) | {("iter0", "evaluate_base"), ("iter0", "base_model")} | MEASURED
+    sort = ("--config", "sort_channels=true")
+    assert finished.plan(MINE, *sort) == models | {("iter0", "sort_channels")}
+    finished.run(MINE, *sort)
+    assert finished.plan(MINE) == models
 
 
 def test_a_text_that_changes_reruns_what_reads_it(finished):

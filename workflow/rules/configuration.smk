@@ -60,7 +60,9 @@ with one_line():
     SCHEDULE = read_schedule(found(config["schedule"])) if config["schedule"] else []
     check_inputs(config | {"model": MODEL})
     check_writable(Path(), Path(".snakemake"), Path("results"))
-    check_links(Path("results/iter0"))
+    # Where the base model comes to, as it was given: in its own folder where its channels are sorted before it is used.
+    IMPORTED = "iter0/unsorted" if config["sort_channels"] else "iter0"
+    check_links(Path("results") / IMPORTED)
     trains = config["oneshot_epochs"] or any(row.epochs for row in SCHEDULE)
     if trains and config["device"] != "cpu" and local_model(MODEL):
         check_training_memory(config["recovery"], local_model(MODEL))

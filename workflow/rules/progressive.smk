@@ -3,7 +3,7 @@
 
 rule base_model:
     output:
-        tier_map="results/iter0/tier_map.safetensors",
+        tier_map=f"results/{IMPORTED}/tier_map.safetensors",
     log:
         "results/logs/iter0/base_model.log",
     benchmark:

@@ -5,24 +5,14 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.models.checkpoint import save_tensors
-from stepdown.prune.calibration import (
-    Calibration,
-    as_tensors,
-    calibrate_backwards,
-    open_model,
-    read_windows,
-    squared_input_norms,
-)
+from stepdown.prune.calibration import as_tensors, calibrate, open_model, read_windows
 from stepdown.prune.stepping_down import COSTS
 
 
 def main(arguments: argparse.Namespace) -> None:
     windows, calibration = read_windows(arguments)
     decoder = open_model(arguments)
-    if arguments.cost == "fisher":
-        found = calibrate_backwards(decoder, windows, arguments.batch_size)
-    else:
-        found = Calibration(squared_input_norms(decoder, windows, arguments.batch_size), {})
+    found = calibrate(decoder, windows, arguments.batch_size, arguments.cost == "fisher")
     protocol = f"{arguments.samples} samples x {arguments.sequence_length} tokens, seed {arguments.seed}"
     metadata = decoder.checkpoint.identity() | {"text": calibration["text"], "protocol": protocol}
     save_tensors(as_tensors(found), arguments.output, metadata)

@@ -59,6 +59,13 @@ def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
     return windows, {"text": describe(text, "train"), **numbers}
 
 
+def calibrate(decoder: Decoder, windows: Tensor, batch_size: int, with_gradients: bool) -> Calibration:
+    """The squared inputs of every linear, and the squared gradients of its outputs where they are asked for."""
+    if with_gradients:
+        return calibrate_backwards(decoder, windows, batch_size)
+    return Calibration(squared_input_norms(decoder, windows, batch_size), {})
+
+
 def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> dict[str, Tensor]:
     """Per linear, the mean over samples of the squared inputs summed over a sample's tokens: float32 [in].
 
