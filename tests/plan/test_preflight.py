@@ -160,6 +160,24 @@ def test_little_memory_wants_bfloat16():
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"target": {"bytes": 0.5, "sparsity": 0.5}}, "write one of {bytes: 0.5} and {sparsity: 0.6}"),
+        ({"target": {}}, "pruning.target: found {}; write one of"),
+        ({"cost": "wanda"}, "pruning.target: goes with pruning.cost: fisher only; found wanda"),
+        ({"shared_over": "matrix"}, "goes with pruning.shared_over: model only; found matrix"),
+        ({"block_size": 32}, "models are packed in blocks of 16, found 32; write a sparsity"),
+        ({"target": {"bytes": 0.06}}, "found {'bytes': 0.06}; TopK everywhere is {bytes: 0.061}, {sparsity: 0.961}"),
+        ({"target": {"sparsity": 0.97}}, "found {'sparsity': 0.97}; TopK everywhere is"),
+    ],
+)
+def test_a_target_that_cannot_be(changes, told):
+    pruning = complete({"pruning": {"target": {"bytes": 0.5}}})["pruning"]
+    preflight.check_target(pruning)
+    assert told in error_of(preflight.check_target, pruning | changes)
+
+
 def test_block_size_and_k():
     preflight.check_block(4, 16)
     assert "multiple of 4" in error_of(preflight.check_block, 18, 10)

@@ -177,6 +177,16 @@ def test_channels_are_sorted_before_everything_else(fresh):
     assert others == {made}
 
 
+def test_a_target_takes_the_place_of_the_last_row(fresh):
+    options = ("--config", "pruning={target: {bytes: 0.5}}")
+    everything = fresh.plan() | {("", "choose_shares")}
+    assert fresh.plan(*options) == everything
+    printed = fresh.run("--dry-run", "--printshellcmds", *options)
+    assert " --bytes 0.5 --selection wanda" in printed
+    told = re.findall(r"--dense (\S+) .*--target results/target_shares.json --last 0.35 0.45 0.2 ", printed)
+    assert sorted(told) == ["0.35", "0.35", "0.5", "0.65", "0.8", "0.9"]
+
+
 def test_a_gradual_run_is_finetuned_on_a_schedule_of_its_own(fresh):
     step = "gradual/wanda-2of4"
     told = finetuning(fresh, f"results/{step}/eval.json")[step]

@@ -40,7 +40,15 @@ def tier_options(wildcards):
     last = row("oneshot/three-tier") if pattern == "three-tier" else None
     shares = {"shares": [last.dense, last.mid_2_4, last.topk]} if last else {}
     # A run goes by its own method, in every matrix.
-    return flags({**shares, **config["pruning"], "cost": None, "shared_over": None})
+    return flags({**shares, **config["pruning"], "cost": None, "shared_over": None, "target": None})
+
+
+def target_options(wildcards, input):
+    """What a step's shares are in proportion to, where a target takes the place of the schedule's last row."""
+    if not input.target:
+        return []
+    last = one_shot(SCHEDULE)
+    return flags({"target": str(input.target), "last": [last.dense, last.mid_2_4, last.topk]})
 
 
 def layer_options(wildcards):

@@ -102,6 +102,7 @@ rule degrade_dense_to_2_4:
     input:
         scores=of_statistics("scores"),
         tier_map=tier_map_before,
+        target=branch(config["pruning"]["target"], then="results/target_shares.json"),
     output:
         "results/{step}/tier_map_2_4.safetensors",
     log:
@@ -122,13 +123,14 @@ rule degrade_dense_to_2_4:
         dense=of_row("dense"),
         mid_2_4=of_row("mid_2_4"),
         topk=of_row("topk"),
+        target=target_options,
         shared_over=config["pruning"]["shared_over"],
     message:
-        "{wildcards.step}: dense blocks down to 2:4, until {params.dense} is dense"
+        "{wildcards.step}: dense blocks down to 2:4"
     shell:
         "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q}"
         " --iteration {params.iteration:q} --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q}"
-        " --shared-over {params.shared_over} --output {output:q} --log {log:q}"
+        " {params.target:q} --shared-over {params.shared_over} --output {output:q} --log {log:q}"
 
 
 rule degrade_2_4_to_topk:

@@ -26,6 +26,8 @@ TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
 # The splits each section of the configuration reads of its text.
 SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evaluation": ("test",)}
 
+PACKED_BLOCK_SIZE = 16
+
 # The JSON Schema of the configuration, for people.
 TYPE_WORDS = {
     "string": "text",
@@ -133,6 +135,8 @@ def _join(section: str, name: object) -> str:
 def check_inputs(config: dict) -> None:
     """Model, texts and lengths of a complete configuration; `UserError` for what no job could work with."""
     check_block(**{key: config["pruning"][key] for key in ("block_size", "k")})
+    if config["pruning"]["target"] is not None:
+        check_target(config["pruning"])
     folder = local_model(config["model"])
     header = read_gguf_header(Path(config["model"])) if is_gguf(config["model"]) else None
     if folder:
@@ -190,6 +194,23 @@ def check_block(block_size: int, k: int) -> None:
     if k > block_size**2:
         entries = f"a block of {block_size}x{block_size} has {block_size**2} entries"
         raise UserError(f"config key pruning.k: found {k}; {entries}, write at most that")
+
+
+def check_target(pruning: dict) -> None:
+    """A target goes by what blocks cost over the whole model, and no further than TopK everywhere."""
+    key, target = "config key pruning.target", pruning["target"]
+    if len(target) != 1:
+        raise UserError(f"{key}: found {target}; write one of {{bytes: 0.5}} and {{sparsity: 0.6}}")
+    for other, needed in (("cost", "fisher"), ("shared_over", "model")):
+        if pruning[other] != needed:
+            raise UserError(f"{key}: goes with pruning.{other}: {needed} only; found {pruning[other]}")
+    size, k = pruning["block_size"], pruning["k"]
+    if "bytes" in target and size != PACKED_BLOCK_SIZE:
+        raise UserError(f"{key}: models are packed in blocks of {PACKED_BLOCK_SIZE}, found {size}; write a sparsity")
+    # A TopK weight takes 3 bytes; one of a Dense block 2, the block's place in the tier map 1.
+    least, most = (3 * k + 1) / (2 * size**2), 1 - k / size**2
+    if target.get("bytes", 1) < least or target.get("sparsity", 0) > most:
+        raise UserError(f"{key}: found {target}; TopK everywhere is {{bytes: {least:.3f}}}, {{sparsity: {most:.3f}}}")
 
 
 def local_model(model: str) -> Path | None:
