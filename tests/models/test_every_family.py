@@ -18,11 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from stepdown.errors import UserError
+from stepdown.models.channels import find_channels
 from stepdown.models.checkpoint import Checkpoint, rewriting_layers
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.plan.runs import parse_run
 from stepdown.prune.calibration import calibrate_backwards, squared_input_norms
+from stepdown.prune.channel_sorting import check_same_function, sorted_orders, write_permuted
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.oneshot import prune_checkpoint
 from stepdown.prune.refit import refit_layers
@@ -55,6 +57,8 @@ SAMPLE = (
     *("mistral", "falcon", "openai-gpt", "glm_moe_dsa", "gpt_oss", "nemotron_h", "granitemoe", "zamba2"),
     *("kimi_linear", "dbrx", "mamba", "gemma3", "llama4", "zaya", "hrm_text"),
 )
+# With all that can be told of their channels sorted they compute something else, and are refused.
+NOT_SORTED = (*("axk2", "bailing_hybrid", "ctrl", "deepseek_v4", "hy_v4", "inkling2_text", "inkling_text", "kimi_linear"),)
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - NOT_BUILT.keys())
 TOKENS = torch.randint(2, VOCABULARY - 8, (5, 24), generator=torch.Generator().manual_seed(1))
 
@@ -96,6 +100,7 @@ def check(family, folder):
     pruned = load(folder / "pruned")
     assert_only_zeros_are_new(model, pruned, sum(matrix["zeros"] for matrix in report["matrices"].values()))
     assert_logits(folder / "pruned", pruned)
+    assert_sorted(family, source, folder, model)
     refit(source, folder)
     assert_logits(folder / "refitted", load(folder / "refitted"))
     matrices = Checkpoint(folder / "pruned"), Checkpoint(folder / "refitted")
@@ -231,6 +236,19 @@ def assert_only_zeros_are_new(before, after, expected):
         assert not new[changed].any(), name
         gone += int((changed | ((old == 0) & (old.dim() > 1))).sum())
     assert gone == expected
+
+
+def assert_sorted(family, source, folder, model):
+    decoder = open_decoder(source, "cpu")
+    channels, generator = find_channels(decoder, TOKENS), torch.Generator().manual_seed(2)
+    importance = [torch.rand(len(group.heads), generator=generator) for group in channels]
+    write_permuted(decoder, sorted_orders(channels, importance), folder / "sorted")
+    if family in NOT_SORTED:
+        with pytest.raises(UserError, match=f"a model of the family '{family}' computes something else"):
+            check_same_function(decoder, open_decoder(folder / "sorted", "cpu"), TOKENS)
+    else:
+        check_same_function(decoder, open_decoder(folder / "sorted", "cpu"), TOKENS)
+        assert_logits(folder / "sorted", load(folder / "sorted"))
 
 
 def refit(source, folder):

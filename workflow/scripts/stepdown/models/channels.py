@@ -133,8 +133,8 @@ _Found = tuple[dict[str, Tensor], Tensor, Tensor]
 class _Layer:
     """A loaded layer, whose linears say what they are told.
 
-    linears: by kind, which is their name inside the layer with `*` for numbers, so that all experts are one, and by
-    these numbers; others: what else has parameters, by name.
+    linears: by kind, which all experts are one of, and by number, see `_kind`; others: what else has parameters, by
+    name.
     """
 
     def __init__(self, walk: LayerWalk, name: str, module: nn.Module):
@@ -142,8 +142,10 @@ class _Layer:
         self.linears: dict[str, dict[tuple[str, ...], nn.Linear]] = defaultdict(dict)
         self.others: dict[str, nn.Module] = {}
         for path, part in module.named_modules():
-            if isinstance(part, nn.Linear):
-                self.linears[_kind(path)][_numbers(path)] = part
+            # A router may be a linear that returns something else.
+            if isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward:
+                kind, numbers = _kind(module, path)
+                self.linears[kind][numbers] = part
             elif next(part.parameters(recurse=False), None) is not None:
                 self.others[path] = part
         generator = torch.Generator().manual_seed(0)
@@ -243,18 +245,21 @@ class _Layer:
                     break
 
     def _elementwise(self, writer: str, loud: _Answer) -> _Found | None:
-        """All channels of an MLP: each input of the one that writes depends on the outputs of its number alone."""
-        inputs = loud.given[writer]
+        """All channels of an MLP: each input of the one that writes depends on the outputs of its number alone, of a
+        linear that is gate and up in one on both."""
+        inputs, outputs = loud.given[writer], {}
         width = inputs.shape[1]
         half = torch.rand(width, generator=torch.Generator().manual_seed(0)) < 0.5
-        sources = []
         for kind in self.sources:
-            if kind in loud.said and loud.said[kind].shape[1] == width:
-                now = self.ask(self.sources, {kind: lambda words: words + half})
-                if now.given[writer].shape == inputs.shape and torch.equal((now.given[writer] != inputs).any(0), half):
-                    sources.append(kind)
+            times, rest = divmod(loud.said[kind].shape[1], width) if kind in loud.said else (0, 0)
+            if rest or not times:
+                continue
+            numbers = torch.arange(width).repeat(times)
+            now = self.ask(self.sources, {kind: partial(torch.add, half[numbers])}).given[writer]
+            if now.shape == inputs.shape and torch.equal((now != inputs).any(0), half):
+                outputs[kind] = numbers
         numbers = torch.arange(width)
-        return (dict.fromkeys(sources, numbers), torch.zeros_like(numbers), numbers) if sources else None
+        return (outputs, torch.zeros_like(numbers), numbers) if outputs else None
 
     def _values(self, writer: str, loud: _Answer) -> _Found | None:
         """The dimensions of the values of attention, which passes those of a sequence's first token on as they are."""
@@ -310,12 +315,15 @@ class _Layer:
             yield Channels(f"{self.name}.{writer}".replace("*", "{}").format(*numbers), heads, sides)
 
 
-def _kind(path: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def _numbers(path: str) -> tuple[str, ...]:
-    return tuple(part for part in path.split(".") if part.isdigit())
+def _kind(layer: nn.Module, path: str) -> tuple[str, tuple[str, ...]]:
+    """The name of a linear with `*` for its numbers in lists of modules, and these; in a sequence they are its name."""
+    kind, numbers, parent = [], [], layer
+    for part in path.split("."):
+        listed = isinstance(parent, nn.ModuleList)
+        kind.append("*" if listed else part)
+        numbers += [part] if listed else []
+        parent = parent.get_submodule(part)
+    return ".".join(kind), tuple(numbers)
 
 
 def _differ(one: _Answer, other: _Answer, name: str) -> bool:
