@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..cli import log
 from .decoder import Decoder
 from .layer_walk import LayerWalk
+from .linears import watching_outputs
 
 # What layers are asked with. At the first token of a sequence attention can do nothing but pass its values on.
 SEQUENCES, TOKENS = 8, 16
@@ -138,12 +139,13 @@ class _Layer:
     """
 
     def __init__(self, walk: LayerWalk, name: str, module: nn.Module):
-        self.walk, self.name, self.place = walk, name, int(name.rpartition(".")[2])
+        self.walk, self.name, self.place, self.module = walk, name, int(name.rpartition(".")[2]), module
         self.linears: dict[str, dict[tuple[str, ...], nn.Linear]] = defaultdict(dict)
         self.others: dict[str, nn.Module] = {}
+        # A router may be a linear that returns more than its outputs.
+        routers = self._returning_more()
         for path, part in module.named_modules():
-            # A router may be a linear that returns something else.
-            if isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward:
+            if isinstance(part, nn.Linear) and part not in routers:
                 kind, numbers = _kind(module, path)
                 self.linears[kind][numbers] = part
             elif next(part.parameters(recurse=False), None) is not None:
@@ -160,6 +162,19 @@ class _Layer:
         self.on_residual = [
             path for path in self.others if _differ(silent, moved, path) or _differ(silent, spoken, path)
         ]
+
+    def _returning_more(self) -> set[nn.Module]:
+        """The linears that do not return a tensor, as the layer runs by itself."""
+        linears = {path: part for path, part in self.module.named_modules() if isinstance(part, nn.Linear)}
+        found = set()
+
+        def look(path: str, outputs: object) -> None:
+            if not isinstance(outputs, Tensor):
+                found.add(linears[path])
+
+        with watching_outputs(linears, look):
+            self.walk.call(self.place, 0, self.walk.states[0])
+        return found
 
     def ask(
         self,
