@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import log
-from .decoder import Decoder
+from .decoder import Decoder, in_float32
 from .layer_walk import LayerWalk
 from .linears import watching_outputs
 
 # What layers are asked with. At the first token of a sequence attention can do nothing but pass its values on.
 SEQUENCES, TOKENS = 8, 16
-# What is one number and what are two, of words that are about 1 and may be rounded to 8 bits.
-TOLERANCE = 0.05
+# What is one number and what are two, of words that are about 1, in float32: heads may differ by little.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def find_channels(decoder: Decoder, tokens: Tensor) -> list[Channels]:
     layers. tokens: int64, any text; one layer is in memory at a time.
     """
     text = tokens.flatten()[:TOKENS].repeat(TOKENS)[:TOKENS]
-    walk = LayerWalk(decoder, [text.expand(SEQUENCES, -1)])
+    walk = LayerWalk(in_float32(decoder), [text.expand(SEQUENCES, -1)])
     width = walk.states[0].shape[-1]
     residual, inside, reason = set(), [], None
     try:

@@ -7,7 +7,8 @@ when needed. Nothing here knows a model family.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -157,6 +158,12 @@ def _untie_what_differs(model: nn.Module, checkpoint: Checkpoint, stored: dict[s
 
 def _names_of(model: nn.Module, wanted: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module is wanted]
+
+
+def in_float32(decoder: Decoder) -> Decoder:
+    """Another of the same model, which computes in float32 whatever its weights are stored in."""
+    types = dict.fromkeys(decoder.types, torch.float32)
+    return replace(decoder, model=deepcopy(decoder.model), dtype=torch.float32, types=types, returned=None)
 
 
 def load_whole(folder: Path | str, device: str = "auto", trust_remote_code: bool = False) -> nn.Module:

@@ -6,7 +6,6 @@ the Wanda metric |w_ij| sqrt(s_j) as a share of its matrix.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ..cli import progress
 from ..errors import UserError
 from ..models.channels import Channels, order_of_side, sort_in_heads
 from ..models.checkpoint import rewrite_checkpoint
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, in_float32
 from ..models.layer_walk import LayerWalk
 from ..models.permutation import Orders, permute_
 from .calibration import Calibration
@@ -73,8 +72,7 @@ def check_same_function(before: Decoder, after: Decoder, tokens: Tensor) -> None
     """Raises `UserError` unless the two compute the same logits in float32 for tokens [sequences, tokens]."""
     found = []
     for decoder in (before, after):
-        types = dict.fromkeys(decoder.types, torch.float32)
-        walk = LayerWalk(replace(decoder, dtype=torch.float32, types=types), [tokens])
+        walk = LayerWalk(in_float32(decoder), [tokens])
         for _, _, replay in walk.layers(None):
             replay()
         found.append(next(walk.logits()).cpu())
