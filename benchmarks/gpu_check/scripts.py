@@ -61,7 +61,7 @@ def run_all(root: Path, device: str, text: Path, tiny: bool) -> dict:
 
 
 def iteration(root, number, shares, place, calibration, protocol, text, length, tokens) -> None:
-    """One row of a schedule: calibrate, score, step down twice, refit, finetune with distillation, evaluate."""
+    """One row of a schedule: calibrate, score, step down twice, refit, reconstruct, finetune (distilled), evaluate."""
     before, step, base = root / f"iter{number - 1}", root / f"iter{number}", root / "iter0"
     norms, scores, stage_1, tiers = (
         step / f"{name}.safetensors" for name in ("calibration", "scores", "tier_map_2_4", "tier_map")
@@ -77,13 +77,16 @@ def iteration(root, number, shares, place, calibration, protocol, text, length, 
            "--output-tier-map", tiers, "--output-model", step / "pruned")  # fmt: skip
     script("refit", "--dense-model", before / "model", "--model", step / "pruned", "--masks", tiers, *place,
            *calibration, "--output-model", step / "refitted")  # fmt: skip
-    script("finetune", "--model", step / "refitted", "--masks", tiers, "--step", step.name, "--epochs", 1, "--text",
-           text, "--sequence-length", length, "--tokens-per-epoch", tokens, *place, "--state", root / "state",
+    script("reconstruct", "--dense-model", before / "model", "--model", step / "refitted", "--masks", tiers, *place,
+           *calibration, "--steps", 8, "--output-model", step / "reconstructed")  # fmt: skip
+    script("finetune", "--model", step / "reconstructed", "--masks", tiers, "--step", step.name, "--epochs", 1,
+           "--text", text, "--sequence-length", length, "--tokens-per-epoch", tokens, *place, "--state", root / "state",
            "--teacher", base / "model", "--distill-weight", 0.9, "--learning-rate", 2e-4, "--batch-size", 4,
            "--gradient-accumulation", 1, "--evaluation-steps", 8, "--output-optimizer", step / "optimizer.safetensors",
            "--output-model", step / "model", "--output-log", step / "training.json")  # fmt: skip
-    script("evaluate", "--pruned-model", step / "pruned", "--refitted-model", step / "refitted", "--finetuned-model",
-           step / "model", "--training", step / "training.json", "--base-eval", base / "eval.json", "--masks", tiers,
+    script("evaluate", "--pruned-model", step / "pruned", "--refitted-model", step / "refitted",
+           "--reconstructed-model", step / "reconstructed", "--finetuned-model", step / "model",
+           "--training", step / "training.json", "--base-eval", base / "eval.json", "--masks", tiers,
            "--step", step.name, "--model-name", "check", *place, *protocol, "--output", step / "eval.json")  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Every family that `AutoModelForCausalLM` knows, tiny: walked, calibrated, pruned and refitted as transformers has it.
+"""Every family that `AutoModelForCausalLM` knows, tiny: walked, calibrated, pruned, refitted and reconstructed as
+transformers has it.
 
 A family either does all of that, or is refused in one line, by whatever looks at it first.
 """
@@ -27,6 +28,7 @@ from stepdown.prune.calibration import calibrate_backwards, squared_input_norms
 from stepdown.prune.channel_sorting import check_same_function, sorted_orders, write_permuted
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.oneshot import prune_checkpoint
+from stepdown.prune.reconstruction import Settings, reconstruct_layers
 from stepdown.prune.refit import refit_layers
 from stepdown.tensors.patterns import TierOptions
 
@@ -107,10 +109,12 @@ def check(family, folder):
     assert_sorted(family, source, folder, model)
     refit(source, folder)
     assert_logits(folder / "refitted", load(folder / "refitted"))
-    matrices = Checkpoint(folder / "pruned"), Checkpoint(folder / "refitted")
+    reconstruct(source, folder)
+    assert_logits(folder / "reconstructed", load(folder / "reconstructed"))
     for name in report["matrices"]:
-        before, after = (checkpoint.matrix(name) for checkpoint in matrices)
-        assert not after[before == 0].any() and after.isfinite().all(), name
+        before, *mended = (Checkpoint(folder / each).matrix(name) for each in ("pruned", "refitted", "reconstructed"))
+        for after in mended:
+            assert not after[before == 0].any() and after.isfinite().all(), name
 
 
 def build(family, folder):
@@ -261,3 +265,11 @@ def refit(source, folder):
     with rewriting_layers(pruned.checkpoint, folder / "refitted", pruned.checkpoint.identity()) as write:
         for layer in refit_layers(dense, pruned, *settings):
             write(layer.weights())
+
+
+def reconstruct(source, folder):
+    pruned, dense = (open_decoder(path, "cpu") for path in (folder / "refitted", source))
+    settings = (lambda _, weight: weight != 0), TOKENS, 2, Settings(steps=2, learning_rate=1e-3, vectors=True)
+    with rewriting_layers(pruned.checkpoint, folder / "reconstructed", pruned.checkpoint.identity()) as write:
+        for tensors in reconstruct_layers(dense, pruned, *settings):
+            write(tensors)

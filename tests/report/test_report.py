@@ -220,6 +220,21 @@ def test_points_stand_where_their_values_are(tmp_path):
     assert drawn_at == {(100 * sparsity, perplexity) for sparsity, perplexity in values}
 
 
+def test_what_mends_before_finetuning_is_in_table_and_figure(tmp_path):
+    files = make_run(tmp_path, epochs=0, one_shots=())
+    mended = {"refitted": 80.0, "reconstructed": 70.0}
+    for step in ("iter1", "iter2", "iter3"):
+        edit(tmp_path / step / "eval.json", lambda record: record["perplexity"]["pydoc"].update(mended))
+    results = read(files)
+    assert list(summary.table(results).perplexity_pydoc_reconstructed[1:]) == [70.0] * 3
+    # Without finetuning the last model is the one that was mended last.
+    assert list(results["pydoc"].finetuned[1:]) == [70.0] * 3
+    (axes,) = figures.perplexity(results).axes
+    key = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert key == ["after pruning", "after refitting", "after reconstruction"]
+    assert {("D", 80.0), ("s", 70.0)} <= {(line.get_marker(), line.get_ydata()[0]) for line in axes.lines}
+
+
 def test_a_block_is_a_pixel_however_large_the_map(tmp_path):
     svg = drawn(make_run(tmp_path, iterations=2, grid=(256, 688)))["tier_maps"]
     assert len(re.findall(r'<image [^>]*width="688" height="256"', svg)) == 3
@@ -391,6 +406,7 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "pruning": {"block_size": 16, "k": 10, "selection": "wanda", "cost": "fisher", "shared_over": "model"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
         "refit": True,
+        "reconstruction": {"enabled": True},
         "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}, "one_schedule": True},
         "evaluation": {"texts": ["pydoc", text], "sequence_length": 256},
     }

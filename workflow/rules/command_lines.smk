@@ -59,8 +59,15 @@ def layer_options(wildcards):
     return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
 
 
-def refitted_flags(wildcards, input):
-    return flags({"refitted_model": model_of(input.refitted)}) if input.refitted else []
+def reconstruction_flags(wildcards):
+    """How a step is reconstructed: by the text of the calibration, but more of it."""
+    return flags({**config["calibration"], **config["reconstruction"], "text": None, "enabled": None})
+
+
+def mended_flags(wildcards, input):
+    """The models between pruning and finetuning, where there are any."""
+    found = {"refitted_model": input.refitted, "reconstructed_model": input.reconstructed}
+    return flags({name: model_of(index) for name, index in found.items() if index})
 
 
 def results_folder(wildcards, output):

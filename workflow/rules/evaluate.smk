@@ -39,6 +39,7 @@ rule evaluate:
     input:
         pruned="results/{step}/pruned_model/model.safetensors.index.json",
         refitted=branch(is_refitted, then="results/{step}/refitted_model/model.safetensors.index.json"),
+        reconstructed=branch(is_reconstructed, then="results/{step}/reconstructed_model/model.safetensors.index.json"),
         finetuned="results/{step}/finetuned_model/model.safetensors.index.json",
         masks=masks_of,
         training="results/{step}/training.json",
@@ -60,7 +61,7 @@ rule evaluate:
         script=SCRIPTS / "evaluate.py",
         code=code_hash("evaluate.py"),
         pruned=subpath(input.pruned, parent=True),
-        refitted=refitted_flags,
+        mended=mended_flags,
         finetuned=subpath(input.finetuned, parent=True),
         name=as_written(MODEL_NAME),
         texts=text_arguments("evaluation"),
@@ -71,7 +72,7 @@ rule evaluate:
     message:
         "{wildcards.step}: evaluating the pruned and the finetuned model"
     shell:
-        "python {params.script:q} --pruned-model {params.pruned:q} {params.refitted:q}"
+        "python {params.script:q} --pruned-model {params.pruned:q} {params.mended:q}"
         " --finetuned-model {params.finetuned:q} --masks {input.masks:q} --training {input.training:q}"
         " --base-eval {input.base:q} --step {wildcards.step:q} --model-name {params.name:q}"
         " --text {params.texts:q} {params.options:q} --device {params.device:q} {params.trust:q} --output {output:q}"

@@ -1,4 +1,4 @@
-# One step: calibrate, score, degrade twice, refit, finetune. The same rules make the iterations and the one-shot run.
+# One step: calibrate, score, degrade twice, refit, reconstruct, finetune. The same rules make the iterations and the one-shot run.
 
 
 rule base_model:
@@ -210,13 +210,49 @@ rule refit:
         " --output-model {params.refitted:q} --log {log:q}"
 
 
+rule reconstruct:
+    input:
+        dense=model_before,
+        model="results/{step}/refitted_model/model.safetensors.index.json",
+        masks=masks_of,
+    output:
+        "results/{step}/reconstructed_model/model.safetensors.index.json",
+    log:
+        "results/logs/{step}/reconstruct.log",
+    benchmark:
+        "results/benchmarks/{step}/reconstruct.jsonl"
+    wildcard_constraints:
+        step=r"iter[1-9]\d*|oneshot/[^/]+",
+    conda:
+        "../envs/prune.yaml"
+    threads: THREADS
+    resources:
+        mem_mb=memory(64000),
+        runtime=minutes(720),
+        gpu=GPUS,
+    params:
+        script=SCRIPTS / "reconstruct.py",
+        code=code_hash("reconstruct.py"),
+        dense=folder_of("dense"),
+        refitted=subpath(input.model, parent=True),
+        reconstructed=subpath(output[0], parent=True),
+        text=text_arguments("calibration"),
+        text_content=text_fingerprint("calibration"),
+        options=reconstruction_flags,
+        seed=config["seed"],
+        device=config["device"],
+        trust=TRUST,
+    message:
+        "{wildcards.step}: every layer trained to make again what it made before pruning"
+    shell:
+        "python {params.script:q} --dense-model {params.dense:q} --model {params.refitted:q} --masks {input.masks:q}"
+        " --text {params.text:q} {params.options:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
+        " --output-model {params.reconstructed:q} --log {log:q}"
+
+
 rule finetune:
     input:
-        model=branch(
-            is_refitted,
-            then="results/{step}/refitted_model/model.safetensors.index.json",
-            otherwise="results/{step}/pruned_model/model.safetensors.index.json",
-        ),
+        model=model_to_finetune,
         masks=masks_of,
         teacher=branch(distills, then=model_ready("iter0")),
     output:

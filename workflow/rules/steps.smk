@@ -73,6 +73,17 @@ def is_refitted(wildcards):
     return config["oneshot_refit"] if is_run(wildcards.step) else config["refit"]
 
 
+def is_reconstructed(wildcards):
+    """Whether a step's refitted model is reconstructed before it is finetuned."""
+    return config["reconstruction"]["enabled"] and is_refitted(wildcards)
+
+
+def model_to_finetune(wildcards):
+    """The last model of a step before finetuning: reconstructed, refitted or just pruned."""
+    done = "reconstructed" if is_reconstructed(wildcards) else "refitted" if is_refitted(wildcards) else "pruned"
+    return f"results/{wildcards.step}/{done}_model/model.safetensors.index.json"
+
+
 def distills(wildcards):
     """Whether a step's finetuning learns from the base model too."""
     step = wildcards.step

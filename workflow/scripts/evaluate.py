@@ -1,4 +1,4 @@
-"""Evaluate a step: perplexity once pruned, refitted and finetuned, sparsity by tier and matrix, the protocol."""
+"""Evaluate a step: perplexity from pruned to finetuned, sparsity by tier and matrix, the protocol."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,11 @@ def main(arguments: argparse.Namespace) -> None:
     training = read_result(
         arguments.training, "the training.json of a model", ("method", "epochs", "tokens", "best_step")
     )
-    folders = {"pruned": arguments.pruned_model, "refitted": arguments.refitted_model}
+    folders = {
+        "pruned": arguments.pruned_model,
+        "refitted": arguments.refitted_model,
+        "reconstructed": arguments.reconstructed_model,
+    }
     folders = {when: folder for when, folder in folders.items() if folder}
     for folder in folders.values():
         evaluation.describe_model(arguments.step, arguments.model_name, arguments.masks, folder)
@@ -32,6 +36,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pruned-model", type=Path, required=True)
     parser.add_argument("--refitted-model", type=Path)
+    parser.add_argument("--reconstructed-model", type=Path)
     parser.add_argument("--finetuned-model", type=Path, required=True)
     parser.add_argument("--training", type=Path, required=True, help="training.json of the finetuned model")
     evaluation.add_step_arguments(parser)

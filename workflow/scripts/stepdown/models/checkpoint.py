@@ -294,11 +294,11 @@ def file_hash(path: Path) -> str:
 def rewriting_layers(
     source: Checkpoint, target: Path | str, identity: dict[str, str], texts: Mapping[str, str] | None = None
 ) -> Iterator[Callable[[dict[str, Tensor]], None]]:
-    """Write `target` as `source` with the weights of linears changed, in the order of the model's layers.
+    """Write `target` as `source` with tensors of its layers changed, in the order of the model's layers.
 
-    Yields what takes the new tensors of a layer by name: of each linear its `weight`, or the parts that stand for it,
-    such as `weight_packed`. The checkpoint is written when the block ends: layers are walked in the order of the model
-    and written in the order of their names. texts: see `write_checkpoint`.
+    Yields what takes the new tensors of a layer by name: those that `source` has, or of a linear the parts that stand
+    for its weight, such as `weight_packed`. The checkpoint is written when the block ends: layers are walked in the
+    order of the model and written in the order of their names. texts: see `write_checkpoint`.
     """
     file_of: dict[str, Path] = {}
     with waiting_beside(target) as waiting:
@@ -306,7 +306,8 @@ def rewriting_layers(
         def put_aside(tensors: dict[str, Tensor]) -> None:
             file = waiting / f"{len(file_of)}.safetensors"
             save_tensors(tensors, file, {})
-            file_of.update({f"{name.rpartition('.')[0]}.weight": file for name in tensors})
+            replaced = (name if name in source else f"{name.rpartition('.')[0]}.weight" for name in tensors)
+            file_of.update(dict.fromkeys(replaced, file))
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for shard, names in progress(source.shards().items(), "write"):

@@ -28,6 +28,9 @@ from .steps import BASE, MOMENTS, TIERS, Results, iterations, one_shots
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
 
+# What may be done between pruning and finetuning: the marker of its points and what the key says of them.
+MENDED = {"refitted": ("D", "after refitting"), "reconstructed": ("s", "after reconstruction")}
+
 
 def perplexity(results: Results) -> Figure:
     """Perplexity against sparsity: up with every prune, down with every finetuning; a panel per text."""
@@ -58,7 +61,7 @@ def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"base model {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
-    axes.legend(handles=_marker_key(steps.refitted.any(), steps.epochs.any()), loc="upper left", fontsize=9)
+    axes.legend(handles=_marker_key(steps), loc="upper left", fontsize=9)
 
 
 def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str) -> None:
@@ -69,8 +72,9 @@ def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str) -> None:
     size = 6 if len(steps) <= 30 else 3
     hollow = {"color": colour, "markerfacecolor": "white", "linestyle": "", "marker": "o", "markersize": size}
     axes.plot(steps.sparsity, steps.pruned, **hollow)
-    if len(refitted := steps.dropna(subset="refitted")):
-        axes.plot(refitted.sparsity, refitted.refitted, **hollow | {"marker": "D", "markersize": size - 1})
+    for when, (marker, _) in MENDED.items():
+        if len(mended := steps.dropna(subset=when)):
+            axes.plot(mended.sparsity, mended[when], **hollow | {"marker": marker, "markersize": size - 1})
     if len(tuned := steps[steps.epochs > 0]):
         axes.plot(tuned.sparsity, tuned.finetuned, "o", color=colour, markersize=size)
 
@@ -98,12 +102,13 @@ def _perplexity_axis(axes: Axes, steps: pd.DataFrame) -> None:
         axes.tick_params(axis="y", which="minor", left=False)
 
 
-def _marker_key(refitted: bool, finetuned: bool) -> list[Line2D]:
-    kind = {"color": GREY, "marker": "o", "linestyle": ""}
-    key = [Line2D([], [], markerfacecolor="white", label="after pruning", **kind)]
-    if refitted:
-        key.append(Line2D([], [], markerfacecolor="white", label="after refitting", **kind | {"marker": "D"}))
-    return [*key, Line2D([], [], label="after finetuning", **kind)] if finetuned else key
+def _marker_key(steps: pd.DataFrame) -> list[Line2D]:
+    kind = {"color": GREY, "linestyle": ""}
+    key = [Line2D([], [], marker="o", markerfacecolor="white", label="after pruning", **kind)]
+    for when, (marker, label) in MENDED.items():
+        if steps[when].any():
+            key.append(Line2D([], [], marker=marker, markerfacecolor="white", label=label, **kind))
+    return [*key, Line2D([], [], marker="o", label="after finetuning", **kind)] if steps.epochs.any() else key
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

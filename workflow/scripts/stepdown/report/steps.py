@@ -3,7 +3,7 @@
 Results are one frame for each text the steps were evaluated on, in it a row per step, under the step's name: `path` (of
 its eval.json), `iteration` (NaN beside the chain), `model`, `method`, `pattern`, `layers`, the shares of the tiers,
 `sparsity`, `epochs`, `tokens`, `total_tokens` (since the base model), and perplexity: of the `base` model, `pruned`,
-`refitted` (NaN where that was not done), `finetuned`.
+`refitted` and `reconstructed` (NaN where that was not done), `finetuned`.
 """
 
 import json
@@ -20,7 +20,7 @@ from ..errors import UserError
 
 BASE = "iter0"
 TIERS = ["dense", "mid_2_4", "topk"]
-MOMENTS = ["pruned", "refitted", "finetuned"]
+MOMENTS = ["pruned", "refitted", "reconstructed", "finetuned"]
 
 Results = dict[str, pd.DataFrame]
 
@@ -94,7 +94,7 @@ def _read_perplexity(found: dict, step: dict) -> dict[str, float]:
     if step["step"] == BASE:
         values["pruned"] = values["base"]
     if step["epochs"] == 0:  # a model that was not finetuned is the one before
-        values.setdefault("finetuned", values.get("refitted", values["pruned"]))
+        values.setdefault("finetuned", next(values[when] for when in reversed(MOMENTS) if when in values))
     return values | {when: values[when] for when in ("pruned", "finetuned")}
 
 
