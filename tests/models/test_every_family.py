@@ -269,7 +269,7 @@ def refit(source, folder):
 
 def reconstruct(source, folder):
     pruned, dense = (open_decoder(path, "cpu") for path in (folder / "refitted", source))
-    settings = (lambda _, weight: weight != 0), TOKENS, 2, Settings(steps=2, learning_rate=1e-3, vectors=True)
+    settings = (lambda _, weight: weight != 0), TOKENS, 2, Settings(steps=2, learning_rate=0.01)
     with rewriting_layers(pruned.checkpoint, folder / "reconstructed", pruned.checkpoint.identity()) as write:
         for tensors in reconstruct_layers(dense, pruned, *settings):
             write(tensors)
