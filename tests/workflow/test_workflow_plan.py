@@ -60,6 +60,7 @@ RUN = {"prune_oneshot", "finetune", "evaluate"}
 SIDE_BY_SIDE = {("", "summarize"), ("", "plot"), ("", "compare"), ("", "html_report")}
 # All models are measured in one job, so that a new one has the others measured again.
 MEASURED = SIDE_BY_SIDE | {("", "measure")}
+BASE = {"base_model", "sort_channels", "evaluate_base"}
 
 
 class Project:
@@ -145,12 +146,12 @@ def jobs(steps, rules):
 
 def test_all(fresh):
     everything = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
-    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    base = jobs(["iter0"], BASE)
     assert fresh.plan() == everything | jobs(RUNS, RUN) | base | MEASURED
 
 
 def test_without_a_schedule_there_are_one_shot_runs_only(fresh):
-    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    base = jobs(["iter0"], BASE)
     sweep = "--configfile=config/sweeps/block-sizes.yaml"
     runs = [f"oneshot/wanda-block{size}-{share}" for size in (8, 16, 32) for share in (0.3, 0.5, 0.7)]
     assert fresh.plan(sweep) == base | jobs(runs, RUN) | MEASURED
@@ -158,7 +159,7 @@ def test_without_a_schedule_there_are_one_shot_runs_only(fresh):
 
 def test_a_run_that_no_config_names_is_asked_for_by_its_file(fresh):
     planned = fresh.plan("results/oneshot/sparsegpt-unstructured-0.7-owl/eval.json")
-    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    base = jobs(["iter0"], BASE)
     assert planned == base | jobs(["oneshot/sparsegpt-unstructured-0.7-owl"], RUN)
 
 
@@ -166,7 +167,7 @@ def test_compressions_start_from_the_model_of_their_step(fresh):
     """Listed in the configuration, or asked for by a file."""
     quantised, shorter = "quantised/gptq4-g8/iter1", "structured/shortgpt-2"
     planned = fresh.plan(f"results/{quantised}/eval.json", f"results/{shorter}/eval.json")
-    base = jobs(["iter0"], {"base_model", "evaluate_base"})
+    base = jobs(["iter0"], BASE)
     own = {(quantised, "quantise"), (shorter, "prune_structured")} | jobs([quantised, shorter], {"evaluate_compressed"})
     assert planned == base | jobs(["iter1"], ITERATION - {"evaluate"}) | own
     only = {"schedule": None, "oneshot": [], "compressions": ["dynamic/uniform-0.5/iter0"]}
@@ -177,14 +178,20 @@ def test_compressions_start_from_the_model_of_their_step(fresh):
 
 
 def test_channels_are_sorted_before_everything_else(fresh):
-    options = ("--config", "sort_channels=true")
-    assert fresh.plan(*options) == fresh.plan() | {("iter0", "sort_channels")}
-    printed = fresh.run("--dry-run", "--printshellcmds", *options)
+    assert fresh.plan("--config", "sort_channels=false") == fresh.plan() - {("iter0", "sort_channels")}
+    printed = fresh.run("--dry-run", "--printshellcmds")
     (imported,) = re.findall(r"base_model.py .* --output-model (\S+)", printed)
     (used, made) = re.search(r"sort_channels.py --model (\S+) .* --output-model (\S+)", printed).groups()
     assert imported == used == "results/iter0/unsorted/model" and made == "results/iter0/model"
-    others = set(re.findall(r"--(?:\w+-)?model (results/iter0/\S+)", printed)) - {imported}
-    assert others == {made}
+    uses = {}
+    for script, words in re.findall(r"/(\w+)\.py (.*)", printed):
+        uses.setdefault(script, set()).update(re.findall(r"--(?:dense-)?model (results/iter0/\S+)", words))
+    assert uses.pop("base_model") == set() and uses.pop("sort_channels") == {imported}
+    # Sorting is for blocks: runs whose pattern has none start from the model as it came.
+    assert uses.pop("prune_oneshot") == {imported}
+    assert set().union(*uses.values()) == {made}
+    blocks = fresh.run("--dry-run", "--printshellcmds", "results/oneshot/wanda-block16-0.5/eval.json")
+    assert f"--run wanda-block16-0.5 --model {made}" in blocks
 
 
 def test_a_target_takes_the_place_of_the_last_row(fresh):
@@ -211,7 +218,7 @@ def test_tasks_are_measured_on_every_finished_model(fresh):
 
 
 def test_one_iteration_asks_for_those_before_it_and_no_more(fresh):
-    expected = jobs(["iter0"], {"base_model", "evaluate_base"}) | jobs(["iter1", "iter2"], ITERATION)
+    expected = jobs(["iter0"], BASE) | jobs(["iter1", "iter2"], ITERATION)
     assert fresh.plan("results/iter2/eval.json") == expected - {("iter1", "evaluate")}
 
 
@@ -251,7 +258,7 @@ def test_the_iterations_have_one_learning_rate_schedule(fresh):
 def test_the_published_overlay_is_the_original_method(fresh, model):
     overlays = ("--configfile", f"config/{model}.yaml", "config/published.yaml")
     steps = ["iter1", "iter2", "iter3", "iter4", "iter5"]
-    base = jobs(["iter0"], {"base_model", "evaluate_base"}) | MEASURED
+    base = jobs(["iter0"], BASE - {"sort_channels"}) | MEASURED
     expected = jobs(steps, ITERATION - MENDING) | jobs(["oneshot/three-tier"], ONE_SHOT - MENDING) | base
     assert fresh.plan(*overlays) == expected
     told = finetuning(fresh, *overlays)
@@ -268,9 +275,7 @@ def test_distillation_is_off_or_on_by_row(fresh, tmp_path):
     rows = ["iteration,dense,mid_2_4,topk,epochs,distill", "1,0.9,0.1,0,1,no", "2,0.8,0.2,0,1,yes", "3,0.7,0.3,0,1,"]
     (fresh.folder / "by_row.csv").write_text("\n".join(rows))
     told = finetuning(fresh, "--config", "schedule=by_row.csv")
-    assert {step for step, command in told.items() if "--teacher results/iter0/model" in command} == told.keys() - {
-        "iter1"
-    }
+    assert {step for step, command in told.items() if "--teacher results/iter0/" in command} == told.keys() - {"iter1"}
     told = finetuning(fresh, "--config", "schedule=by_row.csv", "recovery={distill: {weight: 0}}")
     assert not any("--teacher" in command or "--distill" in command for command in told.values())
 
@@ -330,17 +335,17 @@ def test_only_the_keys_a_rule_uses_rerun_it(finished_once):
 
 def test_sorting_channels_or_no_longer_makes_every_model_anew(finished):
     models = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
-    models |= jobs(RUNS, RUN) | {("iter0", "evaluate_base"), ("iter0", "base_model")} | MEASURED
-    sort = ("--config", "sort_channels=true")
-    assert finished.plan(MINE, *sort) == models | {("iter0", "sort_channels")}
-    finished.run(MINE, *sort)
-    assert finished.plan(MINE) == models
+    models |= jobs(RUNS, RUN) | {("iter0", "evaluate_base")} | MEASURED
+    as_it_came = ("--config", "sort_channels=false")
+    assert finished.plan(MINE, *as_it_came) == models | {("iter0", "base_model")}
+    finished.run(MINE, *as_it_came)
+    assert finished.plan(MINE) == models | {("iter0", "sort_channels")}
 
 
 def test_a_text_that_changes_reruns_what_reads_it(finished):
     finished.edit("notes.txt", "Some words", "Some other words")
     planned = finished.plan("results/iter1/eval.json", MINE)
-    assert planned == jobs(["iter1"], ITERATION)
+    assert planned == jobs(["iter1"], ITERATION) | jobs(["iter0"], BASE - {"base_model"})
 
 
 def test_a_model_that_changes_reruns_everything(finished):

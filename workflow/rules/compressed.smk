@@ -188,7 +188,7 @@ rule measure:
 # Masks are chosen while the model trains; finetuning and evaluation are those of a one-shot run.
 rule prune_gradually:
     input:
-        model=model_ready("iter0"),
+        model=base_of_run("gradual"),
     output:
         model="results/gradual/{run}/pruned_model/model.safetensors.index.json",
         report="results/gradual/{run}/pruning.json",

@@ -28,7 +28,7 @@ from stepdown.plan.preflight import (
 )
 from stepdown.plan.runs import parse_gradual, parse_run
 from stepdown.plan.schedule import one_shot, read_schedule
-from stepdown.plan.steps import compression_report, is_run, masks, model_of, model_ready, tier_map
+from stepdown.plan.steps import BASE, UNSORTED, compression_report, is_run, masks, model_of, model_ready, tier_map
 from stepdown.prune.methods import method_names
 
 sys.path.remove(os.path.abspath(SCRIPTS))
@@ -61,7 +61,7 @@ with one_line():
     check_inputs(config | {"model": MODEL})
     check_writable(Path(), Path(".snakemake"), Path("results"))
     # Where the base model comes to, as it was given: in its own folder where its channels are sorted before it is used.
-    IMPORTED = "iter0/unsorted" if config["sort_channels"] else "iter0"
+    IMPORTED = UNSORTED if config["sort_channels"] else BASE
     check_links(Path("results") / IMPORTED)
     trains = config["oneshot_epochs"] or any(row.epochs for row in SCHEDULE)
     if trains and config["device"] != "cpu" and local_model(MODEL):

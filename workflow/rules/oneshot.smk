@@ -4,7 +4,7 @@
 
 rule prune_oneshot:
     input:
-        model=model_ready("iter0"),
+        model=base_of_run("oneshot"),
     output:
         model="results/oneshot/{run}/pruned_model/model.safetensors.index.json",
         report="results/oneshot/{run}/pruning.json",

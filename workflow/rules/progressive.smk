@@ -254,7 +254,7 @@ rule finetune:
     input:
         model=model_to_finetune,
         masks=masks_of,
-        teacher=branch(distills, then=model_ready("iter0")),
+        teacher=branch(distills, then=base_model_of),
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",

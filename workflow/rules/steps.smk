@@ -22,9 +22,29 @@ def of_row(column):
     return lambda wildcards: getattr(row(wildcards.step), column)
 
 
+def base_of(step):
+    """The base model of a step. Channels are sorted so that weak ones share blocks, and neighbours that are alike are a
+    burden to 2:4: a run whose pattern has no blocks starts from the model as it came."""
+    if not is_run(step):
+        return BASE
+    kind, name = step.split("/")
+    with one_line():
+        run = (parse_gradual if kind == "gradual" else parse_run)(name, method_names())
+    return BASE if run.has_blocks else IMPORTED
+
+
+def base_model_of(wildcards):
+    return model_ready(base_of(wildcards.step))
+
+
+def base_of_run(kind):
+    """The base model that a rule for all runs of a kind, oneshot or gradual, prunes."""
+    return lambda wildcards: model_ready(base_of(f"{kind}/{wildcards.run}"))
+
+
 def previous(step):
     """The step whose finetuned model this one starts from; a one-shot run starts from the base model."""
-    return f"iter{row(step).iteration - 1}"
+    return base_of(step) if is_run(step) else f"iter{row(step).iteration - 1}"
 
 
 def model_before(wildcards):

@@ -35,6 +35,11 @@ class Run:
     layers: str = "uniform"
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether the pattern treats blocks as one."""
+        return self.pattern in ("block", "three-tier", "hybrid")
+
+    @property
     def pattern_name(self) -> str:
         """The pattern as it stands in the name: 2of4, block16."""
         return {"n-of-m": f"{self.n}of{self.m}", "block": f"block{self.block_size}"}.get(self.pattern, self.pattern)

@@ -4,6 +4,8 @@ Standard library only."""
 from pathlib import PurePath
 
 INDEX = "model.safetensors.index.json"
+# The base model, and where it stands as it came if its channels are sorted first.
+BASE, UNSORTED = "iter0", "iter0/unsorted"
 
 
 def model_ready(step: str) -> str:
@@ -14,7 +16,7 @@ def model_ready(step: str) -> str:
     """
     if step.startswith("dynamic/"):
         return model_ready(source(step))
-    if step == "iter0":
+    if step in (BASE, UNSORTED):
         return tier_map(step)
     return f"results/{step}/{'finetuned_model' if is_finetuned(step) else 'model'}/{INDEX}"
 
@@ -27,7 +29,7 @@ def model_of(ready: str) -> str:
 
 def is_finetuned(step: str) -> bool:
     """Whether a step ends in finetuning, as iterations and the runs by method and pattern do."""
-    return step != "iter0" and step.startswith(("iter", "oneshot/", "gradual/"))
+    return step not in (BASE, UNSORTED) and step.startswith(("iter", "oneshot/", "gradual/"))
 
 
 def is_run(step: str) -> bool:
