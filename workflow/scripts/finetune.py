@@ -17,9 +17,11 @@ from stepdown.models.decoder import choose_device
 from stepdown.models.linears import as_linears_
 from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
+from stepdown.models.tier_maps import read_tier_map
 from stepdown.plan.training_memory import check_memory, read_model_size
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
 from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, MEMORY, METHODS, RecoverySettings
+from stepdown.tensors.saliency import SELECTIONS
 from stepdown.text import parse_text, training_windows
 
 # Imported where a model is trained: zero epochs do not wait for them.
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stepdown.recover.recovery import Recovery
+    from stepdown.recover.regrowth import Blocks
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32
@@ -47,6 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
     if settings.distill_weight > 0 and arguments.teacher is None:
         raise UserError("--distill-weight: there is no teacher to learn from; name its folder with --teacher")
+    _check_tiers_are_known(arguments)
     device = choose_device(arguments.device, settings.processes).type
     check_processes(settings.processes, device)
     windows, evaluation_windows = _read_text(arguments, step.iteration)
@@ -55,9 +59,10 @@ def main(arguments: argparse.Namespace) -> None:
     inputs = [arguments.masks, arguments.model / "config.json", *weight_files(arguments.model)]
     if settings.distill_weight > 0:
         inputs += weight_files(arguments.teacher)
-    if arguments.optimizer:
-        inputs.append(arguments.optimizer)
-    started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
+    inputs += [path for path in (arguments.optimizer, arguments.calibration) if path]
+    inputs += weight_files(arguments.model_before) if arguments.model_before else []
+    chosen_by = (settings, arguments.selection, arguments.next_shares)
+    started_from = fingerprint(chosen_by, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
         last_checkpoint(state)  # Removes what is unfinished, before several processes look there.
         run_in_processes(_finetune, settings.processes, arguments, settings, windows, evaluation_windows, state, device)
@@ -102,6 +107,8 @@ def _finetune(
         tensorboard=arguments.tensorboard,
         adapter=arguments.output_adapter,
         keep_moments=arguments.output_optimizer is not None,
+        blocks=_blocks(arguments, stored) if settings.regrow_every else None,
+        fading=_fading(arguments, checkpoint, stored, device) if settings.look_ahead else None,
     )
     if is_first():
         if arguments.output_optimizer:
@@ -143,12 +150,55 @@ def _read_moments(path: Path | None) -> dict[str, Tensor]:
 
 def _keep_masks(model: "PreTrainedModel", step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
     """Masks by the model's own names of its linears; the step has those of the checkpoint."""
-    own = {name: own_name for own_name, name in stored.items()}
-    masks = {}
+    own, masks = _own_names(stored), {}
     for name in step.matrices:
-        linear = own[f"{name}.weight"].removesuffix(".weight")
-        masks[linear] = step.keep(name, model.get_submodule(linear).weight.detach())
+        masks[own[name]] = step.keep(name, model.get_submodule(own[name]).weight.detach())
     return masks
+
+
+def _check_tiers_are_known(arguments: argparse.Namespace) -> None:
+    """What the blocks of a model may keep, and what the next iteration drops, follows from a tier map."""
+    asked = {"--regrow-every": arguments.regrow_every, "--look-ahead": arguments.look_ahead and arguments.next_shares}
+    for option, value in asked.items():
+        if value and (arguments.masks.suffix == ".json" or arguments.calibration is None):
+            raise UserError(f"{option}: give a tier map as --masks, and its --calibration")
+
+
+def _blocks(arguments: argparse.Namespace, stored: dict[str, str]) -> "dict[str, Blocks]":
+    """The blocks of every linear, by the model's own names."""
+    from stepdown.prune.calibration import read_calibration
+    from stepdown.recover.regrowth import Blocks
+
+    tier_map = read_tier_map(arguments.masks)
+    norms = read_calibration(arguments.calibration, tier_map, with_gradients=False).squared_norms
+    before = Checkpoint(arguments.model_before) if arguments.model_before else None
+    own, blocks = _own_names(stored), {}
+    for name, tiers in tier_map.tiers.items():
+        chosen_by = norms[name] if arguments.selection == "wanda" else None
+        start = before.matrix(name) if before else None
+        blocks[own[name]] = Blocks(tiers, tier_map.block_size, tier_map.k, chosen_by, start)
+    return blocks
+
+
+def _fading(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, stored: dict[str, str], device: str
+) -> dict[str, Tensor]:
+    """What the next iteration will drop, by the model's own names; nothing in the last."""
+    from stepdown.prune.calibration import read_calibration
+    from stepdown.recover.look_ahead import weights_to_go
+
+    if not arguments.next_shares:
+        return {}
+    tier_map = read_tier_map(arguments.masks)
+    calibration = read_calibration(arguments.calibration, tier_map, tier_map.cost == "fisher")
+    how = (tuple(arguments.next_shares), calibration, arguments.selection, torch.device(device))
+    own = _own_names(stored)
+    return {own[name]: going for name, going in weights_to_go(checkpoint, tier_map, *how).items()}
+
+
+def _own_names(stored: dict[str, str]) -> dict[str, str]:
+    """Name of a matrix in the checkpoint -> the model's own of its linear."""
+    return {name.removesuffix(".weight"): own.removesuffix(".weight") for own, name in stored.items()}
 
 
 def _save(recovery: "Recovery", identity: dict[str, str], stored: dict[str, str], pruned: Path, target: Path) -> None:
@@ -203,6 +253,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of a training in progress; gone at the end")
     parser.add_argument("--teacher", type=Path, help="folder of the dense model, to distill from")
+    parser.add_argument(
+        "--calibration", type=Path, help="where masks are chosen: what calibrate.py wrote for this step"
+    )
+    parser.add_argument("--selection", choices=SELECTIONS, default="wanda", help="what decides inside a block")
+    parser.add_argument("--model-before", type=Path, help="folder that pruned weights start from when masks move")
+    parser.add_argument("--next-shares", nargs=3, help="Dense, 2:4 and TopK after the next iteration, to look ahead to")
     parser.add_argument("--optimizer", type=Path, help="moments of the step before, to go on with")
     parser.add_argument("--output-optimizer", type=Path, help="file for the optimizer's moments after the last step")
     parser.add_argument("--tensorboard", type=Path, help="folder for learning curves as TensorBoard reads them")

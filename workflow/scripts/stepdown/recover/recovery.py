@@ -1,11 +1,12 @@
-"""Finetuning under a fixed keep mask, full or LoRA; knows nothing of where the mask comes from.
+"""Finetuning under a keep mask, full or LoRA; knows nothing of where the mask comes from.
 
 `keep_masks` maps the name of a linear (without `.weight`) to its keep mask, bool [out, in]: True where the weight may
-change, False where it is zero and stays zero.
+change, False where it is zero and stays zero, or in blocks that choose anew until they no longer do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import UserError
 from .lora import add_masked_adapter, save_adapter
 from .losses import use_chunked_cross_entropy_
 from .processes import is_first
+from .regrowth import Blocks, RegrowingTrainer, check_tiers
 from .settings import RecoverySettings, optimizer_of, training_arguments
 from .sharding import shard_, unshard_
 from .trainer import MaskedTrainer, ShardedTrainer, Windows, moments_of
@@ -67,6 +69,8 @@ def recover(
     tensorboard: Path | None = None,
     adapter: Path | None = None,
     keep_moments: bool = False,
+    blocks: Mapping[str, Blocks] | None = None,
+    fading: Mapping[str, Tensor] | None = None,
 ) -> Recovery:
     """Finetune a model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
 
@@ -74,7 +78,8 @@ def recover(
     `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
     `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
     tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way; keep_moments:
-    whether the optimizer is wanted too. Raises UserError when there is no text, when LoRA targets match nothing, and
+    whether the optimizer is wanted too; blocks: of every masked linear, where `regrow_every` is above 0; fading: what
+    `look_ahead` lets fade, bool [out, in]. Raises UserError when there is no text, when LoRA targets match nothing, and
     when the loss is not finite.
     """
     _check_texts(training=windows, evaluation=evaluation_windows)
@@ -85,12 +90,14 @@ def recover(
         model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
     _place(model, teacher, settings.sharded, training.device)
-    trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
+    trainer = _trainer_class(settings, blocks)(
         # An adapter's own mask does all there is to do.
-        {} if settings.method == "lora" else keep_masks,
-        settings.distillation(teacher),
-        moments,
-        settings.memory == "low",
+        keep_masks={} if settings.method == "lora" else keep_masks,
+        distillation=settings.distillation(teacher),
+        moments=moments,
+        low_memory=settings.memory == "low",
+        fading=fading,
+        look_ahead=settings.look_ahead,
         model=model,
         args=training,
         train_dataset=Windows(windows),
@@ -99,7 +106,7 @@ def recover(
     )
     _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
     moments = moments_of(trainer) if keep_moments else {}
-    model = _finished(model, keep_masks, settings, adapter)
+    model = _finished(model, keep_masks, blocks, settings, adapter)
     log = _curve(trainer.state.log_history)
     tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
     tokens = min(tokens, settings.epochs * windows.numel())
@@ -124,7 +131,11 @@ def _place(model: nn.Module, teacher: nn.Module | None, sharded: bool, device: t
 
 
 def _finished(
-    model: PreTrainedModel, keep_masks: Mapping[str, Tensor], settings: RecoverySettings, adapter: Path | None
+    model: PreTrainedModel,
+    keep_masks: Mapping[str, Tensor],
+    blocks: Mapping[str, Blocks] | None,
+    settings: RecoverySettings,
+    adapter: Path | None,
 ) -> PreTrainedModel:
     """What was trained as a model like the one before, in the first process: whole, and its adapter merged."""
     if settings.sharded:
@@ -134,8 +145,19 @@ def _finished(
             if adapter:
                 save_adapter(model, adapter)
             model = model.merge_and_unload()
-        check_pruned_are_zero(model, keep_masks)
+        if settings.regrow_every:
+            check_tiers(model, blocks)
+        else:
+            check_pruned_are_zero(model, keep_masks)
     return model
+
+
+def _trainer_class(settings: RecoverySettings, blocks: Mapping[str, Blocks] | None) -> Callable[..., MaskedTrainer]:
+    if settings.sharded:
+        return ShardedTrainer
+    if settings.regrow_every:
+        return partial(RegrowingTrainer, blocks, settings.regrow_every, settings.regrow_share, settings.regrow_decay)
+    return MaskedTrainer
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,9 @@ class RecoverySettings:
     `evaluation_steps` counts steps between evaluations, each of which is also a checkpoint to resume from;
     `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. `sharded`
     spreads the model over the processes, which otherwise each hold all of it. memory: `full` trains float32 weights,
-    `low` bfloat16 ones with `BFloat16AdamW`. For distillation see `distillation.Distillation`.
+    `low` bfloat16 ones with `BFloat16AdamW`. For distillation see `distillation.Distillation`; for masks chosen anew
+    every `regrow_every` steps, 0 for never, `regrowth`; `look_ahead` is the decay of what the next iteration will drop,
+    0 for none, see there.
     """
 
     epochs: int
@@ -54,6 +56,10 @@ class RecoverySettings:
     distill_weight: float = 0.0
     distill_temperature: float = 1.0
     distill_hidden_states: float = 0.0
+    regrow_every: int = 0
+    regrow_share: float = 0.75
+    regrow_decay: float = 3.0
+    look_ahead: float = 0.0
     memory: str = "full"
     gradient_checkpointing: bool = False
     early_stopping: int = 0
@@ -74,13 +80,26 @@ class RecoverySettings:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "distill_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        for name in ("weight_decay", "warmup_steps", "seed", "early_stopping", "distill_hidden_states"):
+        for name in (
+            "weight_decay",
+            "warmup_steps",
+            "seed",
+            "early_stopping",
+            "distill_hidden_states",
+            "regrow_every",
+            "regrow_decay",
+            "look_ahead",
+        ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         choices = {"method": METHODS, "memory": MEMORY, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
         for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
         self._require("memory", self.bf16 or self.memory == "full", "full, or bf16, in which low computes")
         self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
+        self._require("regrow_share", 0 < self.regrow_share <= 1, "above 0 and at most 1")
+        whole = self.method == "full" and not self.sharded
+        self._require("regrow_every", self.regrow_every == 0 or whole, "0 with LoRA or with a sharded model")
+        self._require("look_ahead", self.look_ahead == 0 or self.method == "full", "0 with LoRA")
         self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
 
