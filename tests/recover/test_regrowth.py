@@ -1,4 +1,4 @@
-"""Masks that move while a model trains: never beyond their tiers, as the formula says, the same after an interruption."""
+"""Masks that move while a model trains: inside their tiers, by the formula, the same after an interruption."""
 
 import copy
 import math
@@ -83,7 +83,7 @@ def test_the_optimizer_sees_weights_whole_and_gradients_of_all(tmp_path):
     stepping.state.max_steps = 2
     pruned = copy.deepcopy(model)
     pruned(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
-    for (name, parameter), gradient in zip(whole.named_parameters(), pruned.parameters(), strict=True):
+    for parameter, gradient in zip(whole.parameters(), pruned.parameters(), strict=True):
         parameter.grad = gradient.grad.clone()
     optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3, weight_decay=0.1)
     stepping.create_optimizer()

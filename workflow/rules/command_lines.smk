@@ -82,7 +82,14 @@ def recovery_flags(wildcards, input, output):
     if recovery["one_schedule"] and step.startswith("iter"):
         one_schedule = command_lines.one_schedule_options(SCHEDULE, row(step), recovery["method"], results)
     teacher = model_of(input.teacher) if input.teacher else None
-    return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule))
+    moving = command_lines.mask_options(
+        recovery,
+        config["pruning"]["selection"],
+        input.calibration or None,
+        model_of(input.before) if input.before else None,
+        row_ahead(wildcards),
+    )
+    return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule) | moving)
 
 
 def measured(wildcards, input):

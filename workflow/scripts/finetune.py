@@ -158,10 +158,13 @@ def _keep_masks(model: "PreTrainedModel", step: StepMasks, stored: dict[str, str
 
 def _check_tiers_are_known(arguments: argparse.Namespace) -> None:
     """What the blocks of a model may keep, and what the next iteration drops, follows from a tier map."""
-    asked = {"--regrow-every": arguments.regrow_every, "--look-ahead": arguments.look_ahead and arguments.next_shares}
-    for option, value in asked.items():
+    for option, value in (("--regrow-every", arguments.regrow_every), ("--look-ahead", arguments.look_ahead)):
         if value and (arguments.masks.suffix == ".json" or arguments.calibration is None):
-            raise UserError(f"{option}: give a tier map as --masks, and its --calibration")
+            raise UserError(f"{option}: name a tier map with --masks, and what calibrate.py wrote with --calibration")
+    if arguments.look_ahead and not arguments.next_shares:
+        raise UserError(
+            "--look-ahead: there is nothing to look ahead to; name the next row's shares with --next-shares"
+        )
 
 
 def _blocks(arguments: argparse.Namespace, stored: dict[str, str]) -> "dict[str, Blocks]":
@@ -183,12 +186,10 @@ def _blocks(arguments: argparse.Namespace, stored: dict[str, str]) -> "dict[str,
 def _fading(
     arguments: argparse.Namespace, checkpoint: Checkpoint, stored: dict[str, str], device: str
 ) -> dict[str, Tensor]:
-    """What the next iteration will drop, by the model's own names; nothing in the last."""
+    """What the next iteration would drop, by the model's own names."""
     from stepdown.prune.calibration import read_calibration
     from stepdown.recover.look_ahead import weights_to_go
 
-    if not arguments.next_shares:
-        return {}
     tier_map = read_tier_map(arguments.masks)
     calibration = read_calibration(arguments.calibration, tier_map, tier_map.cost == "fisher")
     how = (tuple(arguments.next_shares), calibration, arguments.selection, torch.device(device))

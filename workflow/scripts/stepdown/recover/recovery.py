@@ -41,6 +41,7 @@ class Recovery:
     steps: int
     tokens: int
     moments: dict[str, Tensor]
+    looked_ahead: bool = False
 
     @property
     def evaluations(self) -> dict[int, float]:
@@ -49,11 +50,11 @@ class Recovery:
 
     @property
     def best_step(self) -> int:
-        """Where the evaluation loss is lowest, first of all if equal.
+        """Where the evaluation loss is lowest, first of all if equal; the last where training looked ahead.
 
         0 says that training has not improved on the model it was given, which the caller should then keep instead.
         """
-        return min(self.evaluations, key=self.evaluations.__getitem__)
+        return self.steps if self.looked_ahead else min(self.evaluations, key=self.evaluations.__getitem__)
 
 
 def recover(
@@ -110,7 +111,7 @@ def recover(
     log = _curve(trainer.state.log_history)
     tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
     tokens = min(tokens, settings.epochs * windows.numel())
-    return Recovery(model, log, trainer.state.global_step, tokens, moments)
+    return Recovery(model, log, trainer.state.global_step, tokens, moments, looked_ahead=settings.look_ahead > 0)
 
 
 def _check_texts(**windows: Tensor) -> None:

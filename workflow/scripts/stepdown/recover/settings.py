@@ -99,7 +99,8 @@ class RecoverySettings:
         self._require("regrow_share", 0 < self.regrow_share <= 1, "above 0 and at most 1")
         whole = self.method == "full" and not self.sharded
         self._require("regrow_every", self.regrow_every == 0 or whole, "0 with LoRA or with a sharded model")
-        self._require("look_ahead", self.look_ahead == 0 or self.method == "full", "0 with LoRA")
+        looks = self.method == "full" and self.early_stopping == 0
+        self._require("look_ahead", self.look_ahead == 0 or looks, "0 with LoRA or with early_stopping")
         self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
 
@@ -159,7 +160,8 @@ def training_arguments(settings: RecoverySettings, state: Path, device: str) -> 
         save_strategy="steps",
         save_steps=settings.evaluation_steps,
         save_total_limit=settings.checkpoints_kept,
-        load_best_model_at_end=True,
+        # What looks ahead is at its best for the next iteration, not for the text, and that is at the end.
+        load_best_model_at_end=settings.look_ahead == 0,
         metric_for_best_model="eval_loss",
         # Every step: a loss that is not finite is seen at once, and a resumed run logs what an undisturbed one does.
         logging_steps=1,
