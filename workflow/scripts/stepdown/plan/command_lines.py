@@ -39,21 +39,22 @@ def recovery_options(recovery: dict, step_folder: str, teacher: str | None, one_
     return options
 
 
-def mask_options(recovery: dict, selection: str, calibration: str | None, before: str, after: Row | None) -> dict:
+def mask_options(
+    recovery: dict, selection: str, calibration: str | None, before: str | None, ahead: Row | None
+) -> dict:
     """How the masks of a step move while it trains, and what it lets fade.
 
-    calibration: of the step, None where neither happens; before: folder of the model it was pruned from; after: the
-    schedule's next row, if the step has one to look ahead to.
+    calibration: of the step, None where neither happens; before: folder of the model that pruned weights start from, if
+    not from zero; ahead: the row that the step looks ahead to, if any.
     """
     if calibration is None:
         return {}
-    options = {"calibration": calibration, "selection": selection}
+    options = {"calibration": calibration, "selection": selection, "model_before": before}
     regrowth = recovery["regrowth"]
     if regrowth["every"]:
         options |= {f"regrow_{key}": value for key, value in regrowth.items() if key != "start"}
-        options |= {"model_before": before} if regrowth["start"] == "before" else {}
-    if after:
-        options |= {"look_ahead": recovery["look_ahead"], "next_shares": [after.dense, after.mid_2_4, after.topk]}
+    if ahead:
+        options |= {"look_ahead": recovery["look_ahead"], "next_shares": [ahead.dense, ahead.mid_2_4, ahead.topk]}
     return options
 
 
