@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
-from test_recovery import EVALUATION_WINDOWS, SETTINGS, WINDOWS, Interrupt, same, tiny_llama
+from test_recovery import EVALUATION_WINDOWS, SETTINGS, WINDOWS, Interrupt, finetuned, same, tiny_llama
+from test_recovery import pruned as pruned_folder
 from torch import nn
 
+from stepdown.errors import UserError
+from stepdown.models.checkpoint import Checkpoint, save_tensors
+from stepdown.models.tier_maps import check_zeros, read_tier_map
 from stepdown.recover import recovery, trainer
 from stepdown.recover.regrowth import Blocks, RegrowingTrainer, check_tiers
 from stepdown.recover.settings import RecoverySettings, training_arguments
@@ -119,3 +123,24 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, un
         patch.setattr(trainer, "FiniteLoss", lambda: Interrupt(step))
         run(tmp_path, "before")
     assert same(run(tmp_path, "before")[0], undisturbed)
+
+
+folder = pruned_folder
+
+
+def test_the_script_moves_masks_inside_the_tier_map(folder):
+    tier_map = read_tier_map(folder / "tier_map.safetensors")
+    norms = {name: torch.linspace(1, 2, columns) for name, (_, columns) in tier_map.shapes.items()}
+    save_tensors(norms, folder / "calibration.safetensors", {"base_model": tier_map.base_model})
+    tiny_llama().bfloat16().save_pretrained(folder / "before")
+    options = {"regrow_every": 1, "calibration": folder / "calibration.safetensors", "model_before": folder / "before"}
+    finetuned(folder, **options)
+    before, after = (Checkpoint(folder / name) for name in ("pruned_model", "finetuned_model"))
+    for name in tier_map.tiers:
+        check_zeros(tier_map, name, after.matrix(name), after.folder)
+    assert any(((before.matrix(name) == 0) & (after.matrix(name) != 0)).any() for name in tier_map.tiers)
+
+
+def test_the_script_asks_for_the_calibration(folder):
+    with pytest.raises(UserError, match=r"--regrow-every: name a tier map .* with --calibration"):
+        finetuned(folder, regrow_every=1)
