@@ -125,6 +125,12 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, un
     assert same(run(tmp_path, "before")[0], undisturbed)
 
 
+@pytest.mark.parametrize("changed", [{"regrow_every": 5}, {"look_ahead": 2.0}], ids=lambda changed: min(changed))
+def test_little_memory_keeps_masks_as_they_are(changed):
+    with pytest.raises(UserError, match=rf"^recovery: {min(changed)} is .*: give 0 with LoRA, .* or memory low$"):
+        RecoverySettings(**(SETTINGS | {"bf16": True, "memory": "low"} | changed))
+
+
 folder = pruned_folder
 
 

@@ -97,10 +97,11 @@ class RecoverySettings:
         self._require("memory", self.bf16 or self.memory == "full", "full, or bf16, in which low computes")
         self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
         self._require("regrow_share", 0 < self.regrow_share <= 1, "above 0 and at most 1")
-        whole = self.method == "full" and not self.sharded
-        self._require("regrow_every", self.regrow_every == 0 or whole, "0 with LoRA or with a sharded model")
-        looks = self.method == "full" and self.early_stopping == 0
-        self._require("look_ahead", self.look_ahead == 0 or looks, "0 with LoRA or with early_stopping")
+        # In bfloat16 what fades a little at a time would be rounded back, and masks in bits cannot be chosen anew.
+        in_float32 = self.method == "full" and self.memory == "full"
+        moves, looks = in_float32 and not self.sharded, in_float32 and self.early_stopping == 0
+        self._require("regrow_every", self.regrow_every == 0 or moves, "0 with LoRA, sharded or memory low")
+        self._require("look_ahead", self.look_ahead == 0 or looks, "0 with LoRA, early_stopping or memory low")
         self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
 
@@ -117,7 +118,9 @@ class RecoverySettings:
         """What of it memory depends on."""
         same = ("method", "memory", "batch_size", "processes", "sharded", "gradient_checkpointing", "lora_rank")
         values = {name: getattr(self, name) for name in same}
-        return TrainingPlan(sequence_length=sequence_length, distilled=self.distill_weight > 0, **values)
+        kinds = {"distilled": self.distill_weight, "regrown": self.regrow_every, "looks_ahead": self.look_ahead}
+        values |= {kind: value > 0 for kind, value in kinds.items()}
+        return TrainingPlan(sequence_length=sequence_length, **values)
 
     def distillation(self, teacher: nn.Module | None) -> "Distillation | None":
         """How to learn from the teacher, if at all."""
