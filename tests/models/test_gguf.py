@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import yaml
 from families import make_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
@@ -16,7 +17,7 @@ from stepdown.errors import UserError
 from stepdown.models.decoder import load_whole
 from stepdown.models.gguf import import_gguf
 from stepdown.plan.gguf_header import BLOCKS, is_gguf, read_gguf_header
-from stepdown.plan.preflight import check_inputs, local_files, local_model
+from stepdown.plan.preflight import check_inputs, complete_config, local_files, local_model
 
 ROOT = Path(__file__).parents[2]
 # As llama.cpp calls the tensors of a Llama.
@@ -190,12 +191,7 @@ def test_a_missing_tensor(source, tmp_path):
 
 
 def test_a_sequence_longer_than_the_model_allows(file):
-    section = {"sequence_length": 65, "text": "pydoc", "method": "full", "sharded": False}
-    config = {
-        "model": str(file),
-        "pruning": {"block_size": 16, "k": 10},
-        "zero_shot": {"task_folder": None},
-        "calibration": section,
-        "recovery": section,
-    }
+    schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+    given = {"model": str(file), "calibration": {"sequence_length": 65}}
+    config = complete_config(given, schema)
     assert "calibration.sequence_length: found 65" in error_of(check_inputs, config)

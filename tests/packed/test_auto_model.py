@@ -43,7 +43,7 @@ def tokens(count=24):
 def test_is_the_model_of_load_packed(packed, caplog):
     model, ours = AutoModelForCausalLM.from_pretrained(packed, device_map="cpu"), load_packed(packed, device="cpu")
     # No word of what transformers missed or found too much.
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name != "stepdown"]
     assert {name for name, module in model.named_modules() if isinstance(module, ThreeTierLinear)} == {
         name for name, module in ours.named_modules() if isinstance(module, ThreeTierLinear)
     }
