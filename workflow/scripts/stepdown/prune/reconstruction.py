@@ -86,8 +86,10 @@ def reconstruct_(
         raise UserError(f"{folder}: what {layer.name} makes of the calibration text is not finite")
     _train_(layer, wanted, trained, free, settings)
     last = _error(layer, wanted)
-    log.info("%s: error %.4g of the layer's states, was %.4g", layer.name, last, first)
-    if not last < first:
+    if last < first:
+        log.info("%s: error %.4g of its states, %.4g before", layer.name, last, first)
+    else:
+        log.info("%s: error %.4g of its states, which training did not lower: it stays as it was", layer.name, first)
         for name, parameter in trained.items():
             parameter.data.copy_(before[name])
 
