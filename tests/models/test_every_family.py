@@ -110,9 +110,12 @@ def check(family, folder):
     refit(source, folder)
     assert_logits(folder / "refitted", load(folder / "refitted"))
     reconstruct(source, folder)
-    assert_logits(folder / "reconstructed", load(folder / "reconstructed"))
+    steps = [folder / "pruned", folder / "refitted"]
+    if decoder.model.config.model_type not in WITHOUT_GRADIENTS:
+        steps.append(folder / "reconstructed")
+        assert_logits(steps[-1], load(steps[-1]))
     for name in report["matrices"]:
-        before, *mended = (Checkpoint(folder / each).matrix(name) for each in ("pruned", "refitted", "reconstructed"))
+        before, *mended = (Checkpoint(step).matrix(name) for step in steps)
         for after in mended:
             assert not after[before == 0].any() and after.isfinite().all(), name
 
@@ -269,6 +272,10 @@ def refit(source, folder):
 
 def reconstruct(source, folder):
     pruned, dense = (open_decoder(path, "cpu") for path in (folder / "refitted", source))
+    if pruned.model.config.model_type in WITHOUT_GRADIENTS:
+        with pytest.raises(UserError, match="hands no gradients back"):
+            list(reconstruct_layers(dense, pruned, lambda _, weight: weight != 0, TOKENS, 2, Settings(2, 0.01)))
+        return
     settings = (lambda _, weight: weight != 0), TOKENS, 2, Settings(steps=2, learning_rate=0.01)
     with rewriting_layers(pruned.checkpoint, folder / "reconstructed", pruned.checkpoint.identity()) as write:
         for tensors in reconstruct_layers(dense, pruned, *settings):

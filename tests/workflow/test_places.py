@@ -137,17 +137,17 @@ def test_a_module_of_another_workflow(project, tmp_path):
 def test_links_that_lead_nowhere_are_one_line(project, elsewhere, tmp_path):
     """Results on another disk, and the project moved."""
     copy = shutil.copytree(elsewhere, tmp_path / "copy", symlinks=True)
-    link = next(path for path in (copy / "results/iter0/model").iterdir() if path.is_symlink())
+    link = next(path for path in (copy / "results/iter0/unsorted/model").iterdir() if path.is_symlink())
     link.unlink()
     link.symlink_to("/gone/model.safetensors")
     finished = snakemake(copy, *at(project / "Snakefile", copy), FIRST, configured(project))
     assert finished.returncode == 1
     line = finished.stderr.splitlines()[-1]
     assert line.startswith(
-        f"error: results/iter0/model/{link.name}: links to /gone/model.safetensors, which is not there"
+        f"error: results/iter0/unsorted/model/{link.name}: links to /gone/model.safetensors, which is not there"
     )
     # What it says to do helps.
-    os.remove(copy / FIRST)
+    os.remove(copy / "results/iter0/unsorted/tier_map.safetensors")
     run(copy, *at(project / "Snakefile", copy), FIRST, configured(project))
     assert link.exists()
 

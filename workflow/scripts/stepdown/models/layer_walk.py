@@ -196,7 +196,8 @@ def carrying_back(decoder: Decoder) -> Iterator[None]:
     except RuntimeError as error:
         raise UserError(
             f"{decoder.checkpoint.folder}: the family {decoder.model.config.model_type!r} hands no gradients back from"
-            f" layer to layer ({str(error).partition(chr(10))[0]}); choose what needs none, such as pruning.cost: wanda"
+            f" layer to layer ({str(error).partition(chr(10))[0]}); choose what needs none: pruning.cost: wanda,"
+            " reconstruction.enabled: false"
         ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..cli import log
 from ..errors import UserError
 from ..models.decoder import Decoder
-from ..models.layer_walk import LayerWalk
+from ..models.layer_walk import LayerWalk, carrying_back
 from .layerwise import LoadedLayer, visit
 
 WINDOWS_PER_STEP = 8
@@ -106,8 +106,9 @@ def _train_(layer: LoadedLayer, wanted: list[Tensor], trained: dict, free: dict,
     for parameter in parameters:
         parameter.requires_grad_(True)
     for batches in _batches_of_steps(layer, settings):
-        for batch in batches:
-            _distance(layer, batch, wanted[batch]).backward()
+        with carrying_back(layer.walk.decoder):
+            for batch in batches:
+                _distance(layer, batch, wanted[batch]).backward()
         for (name, parameter), master in zip(trained.items(), masters, strict=True):
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
