@@ -119,7 +119,7 @@ def test_the_users_model_is_linked_and_never_written_to(project):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert (project / "results/iter0/model/model.safetensors").is_symlink()
+    assert (project / "results/iter0/unsorted/model/model.safetensors").is_symlink()
 
 
 def script(name, *words, folder=None):
@@ -131,7 +131,10 @@ def script(name, *words, folder=None):
     ("change", "message"),
     [
         ({"--tier-map": "results/iter1/tier_map.safetensors"}, "tier map of iteration 1, but"),
-        ({"--model": "model", "--tier-map": "results/iter2/tier_map.safetensors"}, "tier map of iteration 2, but"),
+        (
+            {"--model": "results/iter0/model", "--tier-map": "results/iter2/tier_map.safetensors"},
+            "tier map of iteration 2, but",
+        ),
         ({"--calibration": "results/iter2/tier_map.safetensors"}, "norms found"),
         ({"--model": "nowhere"}, "nowhere: is not a folder"),
         ({"--tier-map": "schedule.csv"}, "not a readable"),
