@@ -1,5 +1,5 @@
 # If asked for, the channels of the base model are sorted before anything else, and every step starts from what this
-# makes: iterations, one-shot runs, teacher, comparison.
+# makes, but for the runs whose pattern has no blocks: see `base_of`.
 
 
 # The tier map stands for the rest, as it does where base_model makes it. Beside an output that were missing, Snakemake
