@@ -18,6 +18,7 @@ from ..models.checkpoint import rewrite_checkpoint
 from ..models.decoder import Decoder, in_float32
 from ..models.layer_walk import LayerWalk
 from ..models.permutation import Orders, permute_
+from ..tensors.saliency import wanda
 from .calibration import Calibration
 
 # How far logits may lie apart, as a share of their own size: what sums in another order come to in float32, and more.
@@ -44,7 +45,7 @@ def importances(decoder: Decoder, channels: Sequence[Channels], calibration: Cal
 def _losses(weight: Tensor, norms: Tensor, gradients: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a matrix [out, in] loses with each of its rows, and with each column: float64 [out] and [in]."""
     if gradients is None:
-        metric = weight.float().abs() * norms.sqrt()
+        metric = wanda(weight, norms)
         metric /= metric.sum().clamp(min=torch.finfo(torch.float32).tiny)
         return metric.sum(1).double().cpu(), metric.sum(0).double().cpu()
     squares = weight.float().square()
