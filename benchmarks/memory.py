@@ -27,14 +27,17 @@ def floors(empty: float) -> dict[str, float]:
     """MB that a rule cannot do without, by the beginning of its name; empty: those of a model without weights.
 
     Refitting holds a layer of two models, X'X and Z'X of the widest input; SparseGPT and GPTQ a layer, the Hessian of
-    its widest input and that one's factor.
+    its widest input and that one's factor. Reconstruction holds a layer of two models, what it was before, and its
+    gradients in bf16; in float32 its weights, their gradients and two moments.
     """
     hessian = 4 * FFN**2 / 1e6
     solver = empty + LAYER + 2 * hessian
     return {
         "refit": empty + 2 * LAYER + 2 * hessian,
+        "reconstruct": empty + (4 + 2 * 4) * LAYER,
         "prune_oneshot sparsegpt": solver,
         "quantise gptq": solver,
+        "pack_integers": solver,
     }
 
 
@@ -61,6 +64,9 @@ def rules(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str,
 
     words = ("--model", root / "source", "--output-model", model, "--output-tier-map", dense)
     yield "base_model", "base_model.py", words
+    words = ("--model", model, *text, "--tier-map", dense, "--output-model", root / "sorted_model")
+    words += ("--output-tier-map", root / "sorted", "--output-permutation", root / "permutation.safetensors")
+    yield "sort_channels", "sort_channels.py", words
     yield "calibrate, inputs", "calibrate.py", ("--model", model, *text, "--cost", "wanda", "--output", root / "inputs")
     yield "calibrate", "calibrate.py", ("--model", model, *text, "--output", calibration)
     step = ("--model", model, "--calibration", calibration, "--device", "cpu")
@@ -73,6 +79,8 @@ def rules(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str,
     yield "degrade_2_4_to_topk", "degrade_2_4_to_topk.py", words
     words = ("--dense-model", model, "--model", pruned, "--masks", tiers, *text, "--output-model", refitted)
     yield "refit", "refit.py", words
+    words = ("--dense-model", model, "--model", refitted, "--masks", tiers, *text, "--steps", 2)
+    yield "reconstruct", "reconstruct.py", (*words, "--output-model", root / "reconstructed_model")
     words = ("--model", refitted, "--masks", tiers, *training, "--state", root / "state")
     words += ("--output-model", finetuned, "--output-log", root / "training.json")
     yield "finetune, 0 epochs", "finetune.py", words
@@ -82,6 +90,9 @@ def rules(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str,
     words += ("--training", root / "training.json", "--base-eval", root / "base.json", "--step", "iter1", *tested)
     yield "evaluate", "evaluate.py", (*words, "--output", root / "eval.json")
     yield "pack", "pack.py", ("--model", finetuned, "--tier-map", tiers, "--output", root / "packed")
+    words = ("--model", finetuned, "--tier-map", tiers, *text, "--values", "int4", "--output", root / "packed_int4")
+    yield "pack_integers int4", "pack_integers.py", words
+    yield "gguf_file", "gguf_file.py", ("--model", finetuned, "--output", root / "model.gguf")
     for run in arguments.runs:
         yield from compression(run, root, text, tested)
 

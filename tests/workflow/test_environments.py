@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from projects import ROOT, command, make_project
+import yaml
+from projects import ROOT, make_project
 from test_workflow_plan import copy_project
 from test_zero_shot import QUESTIONS, TASK
 
@@ -57,17 +58,23 @@ def installed(prefix):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_rules_run_in_the_environments_they_name(standin, tmp_path):
-    folder = make_project(tmp_path / "project")
+def test_the_page_runs_rules_in_the_environments_they_name(standin, tmp_path):
+    """Every line of the first block of docs/conda.md, by somebody whose home is empty."""
+    folder, home = make_project(tmp_path / "project"), tmp_path / "home"
+    home.mkdir()
     (folder / "tasks").mkdir()
     (folder / "tasks/continue.yaml").write_text(TASK.format(files=folder / "questions.jsonl"))
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    # Snakemake itself runs in one that has nothing but Snakemake: a rule outside its own would find no torch.
-    python = build("workflow", tmp_path / "snakemake", standin)
-    extra = ["--use-conda", "--config", "zero_shot={tasks: [continue], task_folder: tasks}"]
-    finished = subprocess.run([python, *command(*extra)[1:]], cwd=folder, env=standin, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert (folder / "results/report.html").exists() and (folder / "results/iter2/zero_shot.json").exists()
+    config = yaml.safe_load((folder / "mine.yaml").read_text())
+    config["zero_shot"] = {"tasks": ["continue"], "task_folder": "tasks"}
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(config))
+    for line in re.search(r"```\n(.*?)```", (ROOT / "docs/conda.md").read_text(), re.DOTALL)[1].splitlines():
+        environment = standin | {"HOME": str(home)}
+        finished = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        # Snakemake runs in an environment that has nothing else: a rule outside its own would find no torch.
+        assert (folder / "results/report.html").exists() == line.endswith("--use-conda")
+    assert (folder / "results/iter2/zero_shot.json").exists()
     for file in (folder / ".snakemake/conda").glob("*.yaml"):
         check_environment(file, file.with_suffix(""))
     shutil.rmtree(folder / ".snakemake/conda")

@@ -58,10 +58,15 @@ def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     ends = [(members.iloc[-1], colour) for colour, members in paths]
     names = [(end.sparsity, end.finetuned, f"{end.name}: {end.finetuned:.2f}", colour) for end, colour in ends]
     end_labels(axes, names, gap=8)
-    place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top"}
-    axes.annotate(f"base model {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
+    _name_base(axes, f"base model {base:.2f}", base)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
     axes.legend(handles=_marker_key(steps), loc="upper left", fontsize=9)
+
+
+def _name_base(axes: Axes, name: str, base: float) -> None:
+    """Below its line at the sparse end: there a model is worse; a nearly dense one may have been finetuned below it."""
+    place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(name, (1, base), xycoords=("axes fraction", "data"), color=GREY, fontsize=9, **place)
 
 
 def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str) -> None:
@@ -132,8 +137,7 @@ def comparison(results: Results) -> Figure:
         for (method, pattern), members in found[1:].groupby([methods, patterns], sort=False):
             _comparison_line(axes, members.sort_values("sparsity", kind="stable"), colours[method], markers[pattern])
         _perplexity_axis(axes, found)
-        place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top", "xycoords": ("axes fraction", "data")}
-        axes.annotate(f"dense {base:.2f}", (0, base), color=GREY, fontsize=9, **place)
+        _name_base(axes, f"dense {base:.2f}", base)
         axes.set_title(f"Perplexity on {text}, every run")
     panels[-1].set_xlabel("sparsity: zeros in the pruned matrices (%)")
     handles = _comparison_key(colours, markers, set(steps.tokens > 0))
