@@ -18,6 +18,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent
 SCRIPTS = Path(__file__).parents[1] / "workflow/scripts"
 HIDDEN, FFN = 2048, 5632  # of random_llama.py
+TABLE = 2 * HIDDEN * 32000 / 1e6  # MB in bf16 of the embedding, and of the head
 LAYER = 2 * (HIDDEN**2 * 9 / 4 + 3 * HIDDEN * FFN) / 1e6  # MB in bf16; an eighth of the heads have keys and values
 # What the libraries take, and a model without weights.
 EMPTY = "import sys; sys.path[0] = sys.argv[1]; from stepdown.models.decoder import *; open_decoder(sys.argv[2], 'cpu')"
@@ -28,11 +29,13 @@ def floors(empty: float) -> dict[str, float]:
 
     Refitting holds a layer of two models, X'X and Z'X of the widest input; SparseGPT and GPTQ a layer, the Hessian of
     its widest input and that one's factor. Reconstruction holds a layer of two models, what it was before, and its
-    gradients in bf16; in float32 its weights, their gradients and two moments.
+    gradients in bf16; in float32 its weights, their gradients and two moments. Sorting writes embedding and head, which
+    are one file, in another order.
     """
     hessian = 4 * FFN**2 / 1e6
     solver = empty + LAYER + 2 * hessian
     return {
+        "sort_channels": empty + 2 * TABLE,
         "refit": empty + 2 * LAYER + 2 * hessian,
         "reconstruct": empty + (4 + 2 * 4) * LAYER,
         "prune_oneshot sparsegpt": solver,

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from stepdown.errors import UserError
 from stepdown.measure.perplexity import perplexity, window_losses
-from stepdown.models.decoder import choose_device, loaded_around_layers, open_decoder
+from stepdown.models.decoder import choose_device, in_float32, loaded_around_layers, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.prune.calibration import squared_input_norms
 
@@ -48,6 +48,22 @@ def test_an_embedding_holds_the_rows_that_are_asked_for(folder, tokens):
         found = decoder.model.get_input_embeddings().weight[tokens]
         assert torch.equal(found, model.get_input_embeddings().weight[tokens])
         assert torch.equal(decoder.model.get_output_embeddings().weight, model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("folder", ["llama", "opt"], indirect=True)
+def test_a_head_holds_the_rows_that_are_asked_for(folder, tokens):
+    decoder, model = open_decoder(folder, "cpu"), load(folder)
+    with loaded_around_layers(decoder, batches=[tokens], head_of_tokens=True):
+        for find in ("get_input_embeddings", "get_output_embeddings"):
+            found, whole = (getattr(of, find)().weight for of in (decoder.model, model))
+            assert torch.equal(found[tokens], whole[tokens]) and found.shape == whole.shape
+
+
+def test_what_is_tied_is_one_tensor_in_another_type(tmp_path):
+    decoder = in_float32(open_decoder(make_model("opt", tmp_path / "model", dtype="bfloat16"), "cpu"))
+    with loaded_around_layers(decoder):
+        embedding, head = decoder.model.get_input_embeddings().weight, decoder.model.get_output_embeddings().weight
+        assert embedding.dtype == torch.float32 and embedding.data_ptr() == head.data_ptr()
 
 
 def routed(fused, hidden, index, _weights):

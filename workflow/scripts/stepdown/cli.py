@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -11,11 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import UserError
+from .memory import map_large_tensors
 
 log = logging.getLogger("stepdown")
-
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGE_BYTES = 1 << 23
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
@@ -23,7 +20,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     parser.add_argument("--log", type=Path, help="also write messages to this file")
     arguments = parser.parse_args()
     _open_log(arguments.log)
-    _give_back_freed_memory()
+    map_large_tensors()
     try:
         main(arguments)
     except UserError as error:
@@ -101,15 +98,6 @@ def collecting_no_garbage() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def _give_back_freed_memory() -> None:
-    """Have glibc map large tensors one by one, so that those of a layer go back to the system when it is done with.
-
-    By itself it soon takes them from a heap, where what is left in between keeps the memory of layers long gone.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _open_log(path: Path | None) -> None:

@@ -5,6 +5,7 @@ when needed. Nothing here knows a model family.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..cli import log
 from ..errors import UserError
+from ..memory import give_back_freed
 from ..plan.gpus import claim_gpus
 from .checkpoint import Checkpoint, shard_of
 from .linears import as_linears_
@@ -251,11 +253,22 @@ def load_module(decoder: Decoder, module: nn.Module, name: str) -> None:
     _load(decoder, module, f"{name}.", list(module.state_dict()))
 
 
-def _load(decoder: Decoder, module: nn.Module, prefix: str, names: list[str]) -> None:
-    """Fill the named tensors of `module`, whose names in the model begin with `prefix`."""
+def _load(decoder: Decoder, module: nn.Module, prefix: str, names: list[str], rows: Tensor | None = None) -> None:
+    """Fill the named tensors of `module`, whose names in the model begin with `prefix`; no more of each than `rows`, if
+    they are given."""
     wanted = {name: decoder.stored[prefix + name] for name in names if prefix + name in decoder.stored}
-    found = decoder.checkpoint.tensors(set(wanted.values()))
-    tensors = {name: _ready(found[stored], decoder, prefix + name) for name, stored in wanted.items()}
+    names_of = defaultdict(list)
+    for name, stored in wanted.items():
+        names_of[stored].append(name)
+    found, tensors = decoder.checkpoint.tensors(names_of), {}
+    for stored, tied in names_of.items():
+        # Taken out, so that no tensor stays in two types; what is tied is one tensor in whatever type.
+        tensor, ready = found.pop(stored), {}
+        for name in tied:
+            dtype = decoder.types[prefix + name]
+            if dtype not in ready:
+                ready[dtype] = _ready(tensor, decoder.device, dtype, rows)
+            tensors[name] = ready[dtype]
     module.load_state_dict(tensors, strict=False, assign=True)
     missing = [name for name in names if name not in wanted and module.state_dict()[name].is_meta]
     if missing:
@@ -275,8 +288,15 @@ def _incomplete(decoder: Decoder, missing: str) -> UserError:
     )
 
 
-def _ready(tensor: Tensor, decoder: Decoder, name: str) -> Tensor:
-    return tensor.to(decoder.device, decoder.types[name] if tensor.is_floating_point() else tensor.dtype)
+def _ready(tensor: Tensor, device: torch.device, dtype: torch.dtype, rows: Tensor | None) -> Tensor:
+    """A tensor on a device and, unless it holds whole numbers, in a type. Other rows than those asked for are never
+    written to, and what is not takes no memory."""
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    if rows is None:
+        return tensor.to(device, dtype)
+    kept = torch.empty(tensor.shape, dtype=dtype, device=device)
+    kept[rows] = tensor[rows].to(device, dtype)
+    return kept
 
 
 def unload(module: nn.Module, keep: str | None = None) -> None:
@@ -288,25 +308,27 @@ def unload(module: nn.Module, keep: str | None = None) -> None:
     names = [name for name in parameters if keep is None or not name.startswith(keep)]
     meta = {name: torch.empty_like(parameters[name], device="meta") for name in names}
     module.load_state_dict(meta, strict=False, assign=True)
+    parameters.clear()
+    give_back_freed()
 
 
 @contextmanager
 def loaded_around_layers(
-    decoder: Decoder, without: str | None = None, batches: Sequence[Tensor] = ()
+    decoder: Decoder, without: str | None = None, batches: Sequence[Tensor] = (), head_of_tokens: bool = False
 ) -> Iterator[None]:
     """While open, what is outside the decoder layers is loaded: embeddings, norms, head.
 
     without: the beginning of names that are left out; batches: the tokens that the model will be given, int64, where
-    those are known: of an embedding that is not the head too, other rows take no memory.
+    those are known: of an embedding that is not the head too, other rows take no memory; head_of_tokens: nor do others
+    of the head, and logits of other tokens mean nothing.
     """
     model, inside = decoder.model, decoder.layers_name + "."
     names = [name for name in model.state_dict() if not name.startswith(inside)]
     names = [name for name in names if without is None or not name.startswith(without)]
-    on_cpu = decoder.device.type == "cpu"
-    if on_cpu and batches and (embedding := _untied_embedding(decoder, names)):
-        _load(decoder, model, "", [embedding])
-        _keep_rows_(model.get_parameter(embedding), torch.cat([batch.flatten() for batch in batches]).unique())
-        names.remove(embedding)
+    if batches and decoder.device.type == "cpu":
+        tables = _tables(decoder, names, head_of_tokens)
+        _load(decoder, model, "", tables, torch.cat([batch.flatten() for batch in batches]).unique())
+        names = [name for name in names if name not in tables]
     _load(decoder, model, "", names)
     try:
         yield
@@ -314,30 +336,28 @@ def loaded_around_layers(
         unload(model, keep=inside)
 
 
-def _untied_embedding(decoder: Decoder, names: Iterable[str]) -> str | None:
-    """Which of the named tensors is the embedding of tokens, unless another of them is the same."""
+def _tables(decoder: Decoder, names: Sequence[str], with_head: bool) -> set[str]:
+    """Which of the named tensors have a row for every token, and are asked for those of tokens at hand alone: the
+    embedding, unless another name is the same tensor; `with_head`, that and the head."""
     try:
-        module = decoder.model.get_input_embeddings()
+        modules = [decoder.model.get_input_embeddings()]
     except NotImplementedError:
-        return None
-    found = {f"{name}.weight" for name in _names_of(decoder.model, module)} & set(names)
-    stored = [decoder.stored.get(name) for name in names]
-    return next((name for name in found if stored.count(decoder.stored.get(name)) == 1), None)
-
-
-def _keep_rows_(weight: nn.Parameter, rows: Tensor) -> None:
-    """Hold no other rows of a weight [rows, columns]: what is never written to takes no memory."""
-    kept = torch.empty_like(weight)
-    kept[rows] = weight.data[rows]
-    weight.data = kept
+        return set()
+    if with_head:
+        modules.append(decoder.model.get_output_embeddings())
+    found = {f"{name}.weight" for module in modules for name in _names_of(decoder.model, module)} & set(names)
+    stored = {decoder.stored.get(name) for name in found}
+    tied = {name for name in names if decoder.stored.get(name) in stored}
+    return found if tied == found and (with_head or len(tied) == 1) else set()
 
 
 @contextmanager
-def loaded_before_layers(decoder: Decoder) -> Iterator[None]:
-    """While open, all that a forward pass asks for before it comes to the decoder layers is loaded: not the head."""
+def loaded_before_layers(decoder: Decoder, batches: Sequence[Tensor]) -> Iterator[None]:
+    """While open, all that a forward pass on these tokens asks for before it comes to the decoder layers is loaded: not
+    the head."""
     head = decoder.model.get_output_embeddings()
     name = next(iter(_names_of(decoder.model, head)), None)
-    with loaded_around_layers(decoder, without=name and f"{name}."):
+    with loaded_around_layers(decoder, without=name and f"{name}.", batches=batches):
         yield
 
 

@@ -33,7 +33,7 @@ class LayerWalk:
         self._carried: list[dict[_Carried, Any]] = [{} for _ in batches]
         if decoder.returned is None:
             decoder.returned = _returned_by_layers(decoder, batches[0][:1])
-        with loaded_before_layers(decoder):
+        with loaded_before_layers(decoder, batches):
             for batch in batches:
                 state, calls = _record_calls(decoder, batch)
                 self.states.append(state.to(decoder.states_device))
@@ -61,10 +61,11 @@ class LayerWalk:
             unload(layer)
 
     @torch.no_grad()
-    def logits(self) -> Iterator[Tensor]:
-        """After the last layer: per batch, the logits [sequences, tokens, vocabulary] of the model's own head."""
+    def logits(self, head_of_tokens: bool = False) -> Iterator[Tensor]:
+        """After the last layer: per batch, the logits [sequences, tokens, vocabulary] of the model's own head;
+        `head_of_tokens`: those of tokens that are in none of the batches mean nothing."""
         model = self.decoder.model
-        with loaded_around_layers(self.decoder, batches=self.batches):
+        with loaded_around_layers(self.decoder, batches=self.batches, head_of_tokens=head_of_tokens):
             for number, (batch, state) in enumerate(zip(self.batches, self.states, strict=True)):
                 with _layers_replaced(self.decoder, self._answering(number, state.to(self.decoder.device))):
                     yield model(input_ids=batch.to(self.decoder.device), use_cache=False).logits

@@ -14,15 +14,20 @@ from .checkpoint import load_tensors, save_tensors
 
 FORMAT = "stepdown permutation 1"
 
+ROWS_AT_ONCE = 1024
+
 # (stored tensor, its dimension in the form [out, in]) -> int64 [length].
 Orders = Mapping[tuple[str, int], Tensor]
 
 
 def permute_(tensors: dict[str, Tensor], orders: Orders) -> None:
-    """Put the tensors that `orders` speaks of in that order; of the others nothing changes."""
+    """Put the tensors that `orders` speaks of in that order, in place; of the others nothing changes."""
     for (name, dim), order in orders.items():
         if name in tensors:
-            tensors[name] = tensors[name].index_select(dim, order.to(tensors[name].device))
+            tensor, order = tensors[name], order.to(tensors[name].device)
+            # A part after the other along another dimension: there may be no room for a whole embedding twice.
+            for part in tensor.split(ROWS_AT_ONCE, dim=1 - dim) if tensor.dim() == 2 else [tensor]:
+                part.copy_(part.index_select(dim, order))
 
 
 def inverse(orders: Orders) -> Orders:
