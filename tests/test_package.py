@@ -46,7 +46,8 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_file_of_the_package_and_no_script(wheel):
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     package = {path.relative_to(PACKAGE.parent).as_posix() for path in files}
-    assert {"stepdown/py.typed", "stepdown/__init__.pyi", "stepdown/packed/three_tier.cpp"} <= package
+    kernels = {"stepdown/packed/kernels/three_tier.cpp", "stepdown/packed/kernels/matrix.h"}
+    assert {"stepdown/py.typed", "stepdown/__init__.pyi", *kernels} <= package
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == package
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

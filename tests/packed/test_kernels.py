@@ -17,7 +17,9 @@ from torch.nn.functional import linear
 from stepdown.errors import UserError
 from stepdown.packed import cpu
 from stepdown.packed.format import pack
+from stepdown.packed.integers import pack_integers
 from stepdown.packed.linear import ThreeTierLinear, choose_kernel, dense_linear
+from stepdown.tensors.block_rounding import round_in_blocks
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.tiers import Tier
 
@@ -172,3 +174,25 @@ def test_kernels_share_the_threads_of_torch():
     maps = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     libraries = {line.split()[-1] for line in maps.stdout.splitlines() if "libgomp" in line}
     assert len(libraries) == 1
+
+
+# ---------------------------------------------------------------- where there are tiles
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@given(st.sampled_from(SHAPES), st.sampled_from([1, 10, 40]), st.integers(0, 99))
+def test_many_rows_where_there_are_tiles(bits, shape, k, seed):
+    """Strips are unpacked bit for bit and multiplied by torch; so is what AMX speeds up, here without it."""
+    available("avx2")
+    weight, tiers = random_three_tier(shape, k, seed)
+    matrix = pack(weight, tiers, k)
+    if bits:
+        matrix = pack_integers(weight, round_in_blocks(weight, tiers, bits), tiers, k, bits)
+    x, bias = torch.randn(40, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
+    layer, plain = ThreeTierLinear(matrix, bias, "avx2"), ThreeTierLinear(matrix, None, "avx2")
+    layer.multiply.unpack_from = plain.multiply.unpack_from = 1
+    with pytest.MonkeyPatch.context() as patch:
+        # A strip or two at a time.
+        patch.setattr(cpu, "UNPACKED_BYTES", 3000)
+        assert relative_error(layer(x), linear(x, layer.weight, bias).double()) < 5e-3
+        assert torch.equal(plain(torch.eye(shape[1])).T.bfloat16(), plain.weight)

@@ -40,6 +40,8 @@ for kernel in (name for name, needed in cpu.INSTRUCTIONS.items() if level >= nee
                 layer = ThreeTierLinear(matrix, torch.zeros(shape[0]), kernel)
                 for rows in (0, 1, 2, 3, 5, 9, 16, 37, 260):
                     layer(torch.randn(rows, shape[1]))
+                layer.multiply.unpack_from = 1
+                layer(torch.randn(3, shape[1]))
 print("all clean")
 """
 
@@ -57,7 +59,7 @@ def test_kernels_are_clean(monkeypatch):
         # At their end Python and torch do not free everything.
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(cpu.__file__).parents[2])]),
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "packed", Path(cpu.__file__).parents[2]))),
     }
     monkeypatch.setenv("CXX", "g++")
     command = [sys.executable, "-c", EXERCISE, str(cpu.build(FLAGS))]

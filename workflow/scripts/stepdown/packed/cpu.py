@@ -5,22 +5,26 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from ..cli import log
 from ..files import cache_folder
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
-from .integers import IntegerMatrix, as_floats
+from .integers import IntegerMatrix, as_floats, top_k_before_scales
 from .quads import top_k_quads
 
-SOURCE = Path(__file__).with_name("three_tier.cpp")
+SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.*"))
+SOURCE = next(path for path in SOURCES if path.name == "three_tier.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
+# With AMX torch's product of so many rows of x is faster by more than unpacking takes; how much is unpacked at once.
+UNPACK_FROM, UNPACKED_BYTES = 32, 2**21
 INSTRUCTIONS = {"avx2": 1, "avx512": 2}
 
 
@@ -29,7 +33,7 @@ class NoKernel(Exception):
 
 
 class _Matrix(ctypes.Structure):
-    """`Matrix` of three_tier.cpp."""
+    """`Matrix` of kernels/matrix.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("strips", "block_columns", "outputs", "k", "bits")] + [
         (name, ctypes.c_void_p)
@@ -43,29 +47,28 @@ class _Matrix(ctypes.Structure):
 
 
 class CpuMultiply:
-    """x -> x W^T + b, bf16 [rows, in] -> [rows, out], for a checked matrix of bf16 or, with AVX-512, of whole numbers;
-    instructions: `avx512` or `avx2`."""
+    """x -> x W^T + b, bf16 [rows, in] -> [rows, out], for a checked matrix of bf16 or of whole numbers; instructions:
+    `avx512` or `avx2`."""
 
     def __init__(self, matrix: PackedMatrix | IntegerMatrix, bias: Tensor | None, instructions: str):
         self._library = library()
-        self._avx512 = int(instructions == "avx512")
-        self._packed = matrix
+        self.avx512 = int(instructions == "avx512")
+        self._packed, self._bias = matrix, bias
+        self.unpack_from = UNPACK_FROM if torch.cpu._is_amx_tile_supported() else sys.maxsize
         strips, block_columns = matrix.tiers.shape
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
-        floats, bits, codes = matrix, 0, ()
+        blocks, bits, codes, top_k = (matrix.dense, matrix.two_four, matrix.positions), 0, (), matrix.top_k
         if isinstance(matrix, IntegerMatrix):
-            # Of them only the TopK blocks are computed with.
-            floats, bits = as_floats(matrix), matrix.bits
-            multiples = matrix.dense_multiples, matrix.two_four_multiples
             scales = pad(matrix.scales, (0, strips * BLOCK_SIZE - matrix.shape[0]))
-            codes = matrix.dense, matrix.two_four, matrix.positions, *multiples, scales
-        blocks = (None, None, None) if bits else (floats.dense, floats.two_four, floats.positions)
-        quads = top_k_quads(floats) if self._avx512 else (None,) * 5
-        parts = (*blocks, floats.top_k, floats.top_k_positions, *strip_layout(matrix.tiers), bias, *quads)
+            codes = *blocks, matrix.dense_multiples, matrix.two_four_multiples, scales
+            blocks, bits, top_k = (None, None, None), matrix.bits, top_k_before_scales(matrix)
+        positions = matrix.top_k_positions
+        quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None,) * 5
+        parts = (*blocks, top_k, positions, *strip_layout(matrix.tiers), bias, *quads)
         # Held, since the kernel knows addresses only.
         self._tensors = [None if tensor is None else tensor.contiguous() for tensor in (*parts, *codes)]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
-        self._matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], bits, *addresses)
+        self.matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], bits, *addresses)
 
     @property
     def weight(self) -> Tensor:
@@ -73,10 +76,26 @@ class CpuMultiply:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
-        y = x.new_empty(len(x), self._matrix.outputs)
-        matrix, threads = ctypes.byref(self._matrix), torch.get_num_threads()
-        self._library.three_tier_linear(matrix, x.data_ptr(), len(x), y.data_ptr(), threads, self._avx512)
+        y = x.new_empty(len(x), self.matrix.outputs)
+        if len(x) >= self.unpack_from:
+            self._multiply_unpacked(x, y)
+        else:
+            matrix, threads = ctypes.byref(self.matrix), torch.get_num_threads()
+            self._library.three_tier_linear(matrix, x.data_ptr(), len(x), y.data_ptr(), threads, self.avx512)
         return y
+
+    def _multiply_unpacked(self, x: Tensor, y: Tensor) -> None:
+        """By torch's own product, with a few strips at a time that the second-level cache still holds when it comes."""
+        strips, width = self.matrix.strips, x.shape[1]
+        at_once = max(1, UNPACKED_BYTES // (2 * BLOCK_SIZE * width))
+        weight = x.new_empty(min(at_once, strips) * BLOCK_SIZE, width)
+        for first in range(0, strips, at_once):
+            count = min(at_once, strips - first)
+            matrix, threads = ctypes.byref(self.matrix), torch.get_num_threads()
+            self._library.three_tier_unpack(matrix, first, count, weight.data_ptr(), threads)
+            part = slice(first * BLOCK_SIZE, min((first + count) * BLOCK_SIZE, y.shape[1]))
+            bias = None if self._bias is None else self._bias[part]
+            y[:, part] = linear(x, weight[: part.stop - part.start], bias)
 
 
 def best_instructions() -> str:
@@ -98,12 +117,14 @@ def load_library(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.three_tier_linear.argtypes = [pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int]
-    loaded.three_tier_linear.restype = None
+    loaded.three_tier_unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+    for name in ("three_tier_linear", "three_tier_unpack"):
+        getattr(loaded, name).restype = None
     return loaded
 
 
 def build(flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile three_tier.cpp, unless that is in the cache from the same source, compiler, flags and torch."""
+    """Compile the kernels, unless they are in the cache from the same sources, compiler, flags and torch."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise NoKernel("no C++ compiler found (g++ or clang++)")
@@ -111,7 +132,8 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     openmp = sorted(map(str, Path(torch.__file__).parent.glob("lib/libgomp*")))
     command = [*compiler.split(), *flags, str(SOURCE), *openmp]
     version = _run([*compiler.split(), "--version"])
-    key = hashlib.sha256("\n".join([version, torch.__version__, *command]).encode() + SOURCE.read_bytes()).hexdigest()
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256("\n".join([version, torch.__version__, *command]).encode() + sources).hexdigest()
     # Where nothing can be kept, they are for this process.
     folder = cache_folder() or Path(tempfile.mkdtemp(prefix="stepdown-"))
     target = folder / f"three_tier-{key[:16]}.so"

@@ -139,6 +139,11 @@ def as_floats(matrix: IntegerMatrix, dtype: torch.dtype = torch.bfloat16) -> Pac
     )
 
 
+def top_k_before_scales(matrix: IntegerMatrix) -> Tensor:
+    """Code * multiple of the weights of TopK blocks: bf16 [n2, k], exactly."""
+    return matrix.top_k.bfloat16() * (TOP_K_MULTIPLE if matrix.bits == 4 else 1)
+
+
 def _scales_of_blocks(matrix: IntegerMatrix) -> list[Tensor]:
     """Of each tier, the scales of the rows of its blocks: float32 [blocks, 16]."""
     scales = matrix.scales.new_zeros(len(matrix.tiers) * BLOCK_SIZE)

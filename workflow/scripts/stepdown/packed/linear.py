@@ -41,15 +41,15 @@ class ThreeTierLinear(nn.Module):
             matrix = matrix.to(torch.bfloat16)
         elif kernel not in INTEGER_KERNELS:
             matrix = as_floats(matrix)
-        self._multiply = KERNELS[kernel](matrix, None if bias is None else bias.bfloat16())
+        self.multiply = KERNELS[kernel](matrix, None if bias is None else bias.bfloat16())
 
     @property
     def weight(self) -> Tensor:
         """The whole W, bf16 [out, in], unpacked anew."""
-        return self._multiply.weight
+        return self.multiply.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._multiply(x.reshape(-1, self.in_features).bfloat16())
+        y = self.multiply(x.reshape(-1, self.in_features).bfloat16())
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -87,7 +87,7 @@ KERNELS: dict[str, Callable[[PackedMatrix, Tensor | None], Multiply]] = {
 }
 
 # Those that compute with whole numbers; the others are given what these stand for.
-INTEGER_KERNELS = ("avx512",)
+INTEGER_KERNELS = tuple(INSTRUCTIONS)
 
 
 def choose_kernel(kernel: str, device: torch.device) -> str:

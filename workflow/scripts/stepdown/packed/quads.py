@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.tiers import Tier
-from .format import BLOCK_SIZE, PackedMatrix, strip_layout
+from .format import BLOCK_SIZE, strip_layout
 
 BLOCKS = 4
 
@@ -26,17 +26,17 @@ class Quads(NamedTuple):
     quads_before: Tensor
 
 
-def top_k_quads(matrix: PackedMatrix) -> Quads:
-    """The TopK blocks of a matrix as quads."""
-    strips, block_columns = (matrix.tiers == Tier.TOP_K).nonzero().unbind(1)
-    _, starts = strip_layout(matrix.tiers)
+def top_k_quads(tiers: Tensor, top_k: Tensor, top_k_positions: Tensor) -> Quads:
+    """The TopK blocks of a matrix, as the parts of `format.PackedMatrix`, as quads."""
+    strips, block_columns = (tiers == Tier.TOP_K).nonzero().unbind(1)
+    _, starts = strip_layout(tiers)
     blocks_before = starts[:, Tier.TOP_K]
     quads_before = _before(-(-blocks_before.diff() // BLOCKS))
     inside_strip = torch.arange(len(strips)) - blocks_before[strips]
     quad, place = quads_before[strips] + inside_strip // BLOCKS, inside_strip % BLOCKS
 
     # Position 16 * column + row of each weight; the weights of a row of a quad share a key.
-    positions = matrix.top_k_positions.long()
+    positions = top_k_positions.long()
     key = (quad[:, None] * BLOCK_SIZE + positions % BLOCK_SIZE).flatten()
     order = key.sort(stable=True).indices
     counts = torch.bincount(key, minlength=int(quads_before[-1]) * BLOCK_SIZE)
@@ -46,8 +46,8 @@ def top_k_quads(matrix: PackedMatrix) -> Quads:
     target = (vector * BLOCK_SIZE + key[order] % BLOCK_SIZE) * 2 + rank % 2
 
     shape = [int(vectors_before[-1]), BLOCK_SIZE, 2]
-    values, columns = matrix.top_k.new_zeros(shape), torch.zeros(shape, dtype=torch.uint8)
-    values.view(-1)[target] = matrix.top_k.flatten()[order]
+    values, columns = top_k.new_zeros(shape), torch.zeros(shape, dtype=torch.uint8)
+    values.view(-1)[target] = top_k.flatten()[order]
     columns.view(-1)[target] = (place[:, None] * BLOCK_SIZE + positions // BLOCK_SIZE).flatten()[order].to(torch.uint8)
     blocks = torch.zeros(int(quads_before[-1]), BLOCKS, dtype=torch.int32)
     blocks[quad, place] = block_columns.int()

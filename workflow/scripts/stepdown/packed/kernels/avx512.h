@@ -1,0 +1,230 @@
+// Strips with AVX-512: BF16 and VBMI for bf16, VNNI and GFNI for whole numbers.
+//
+// One vector of 16 floats holds the outputs of a strip. Dense blocks of bf16 go two columns at a time, 32 weights against
+// one pair of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit positions:
+// nothing is decompressed. TopK blocks go four at a time in the same way (quads.py).
+//
+// Whole numbers go four columns at a time, 64 of them; those kept of a 2:4 block four of eight columns.
+#pragma once
+
+#include "matrix.h"
+
+namespace {
+
+#define AVX512                                                                                                         \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,gfni,fma,avx2")))
+#define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
+
+AVX512_INLINE __m512bh as_bh(__m512i bits) { return (__m512bh)bits; }
+
+// Independent sums [chain][row of x] of 16 outputs.
+template <int R, int CHAINS> struct Strip512 {
+    static constexpr int ROWS = R;
+    static constexpr bool WAITS = R <= 4; // for memory: with few rows of x
+    __m512 of[CHAINS][R];
+    // TopK blocks come four at a time: few steps, which are spread among all turns.
+    static Run top_k(const Matrix &m, int64_t strip) {
+        return {m.quads_before[strip], m.quads_before[strip + 1] - m.quads_before[strip]};
+    }
+    static int64_t due(int64_t turns, int64_t all, int64_t count) { return (turns * count + all - 1) / all; }
+};
+
+// Enough of them to hide the latency of one.
+constexpr int chains_for(int rows) { return std::max(1, 4 / rows); }
+template <int R> struct Floats512 : Strip512<R, chains_for(R)> {};
+
+// Of whole numbers, still to be multiplied by the scales of the rows.
+template <int BITS, int R> struct Codes512 : Strip512<R, 1> {};
+
+// Fetch what lies some way ahead into the second-level cache: with several streams at once the processor's own
+// prefetching comes too late. The distances are measured.
+template <int R> AVX512_INLINE void fetch(const void *ahead) {
+    if constexpr (Strip512<R, 1>::WAITS) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+}
+
+AVX512_INLINE int32_t four_bytes(const void *from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return four;
+}
+
+AVX512_INLINE int64_t eight_bytes(const void *from) {
+    int64_t eight;
+    std::memcpy(&eight, from, 8);
+    return eight;
+}
+
+// --- bf16 --------------------------------------------------------------------------------------------------------------
+
+template <int R>
+AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Floats512<R> &total) {
+    const bf16 *w = m.dense + block * B * B, *x = in.x + column * B * R;
+#pragma GCC unroll 8
+    for (int pair = 0; pair < 8; ++pair) {
+        fetch<R>(w + 32 * pair + 512);
+        const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * pair));
+#pragma GCC unroll 16
+        for (int n = 0; n < R; ++n) {
+            __m512 &sum = total.of[pair % chains_for(R)][n];
+            sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_set1_epi32(four_bytes(x + n * B + 2 * pair))));
+        }
+    }
+}
+
+template <int R>
+AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t column, Floats512<R> &total) {
+    const bf16 *w = m.two_four + block * 128, *x = in.x + column * B * R;
+    const uint64_t *words = m.positions + block * 4;
+    // Of the word that byte 2 i takes eight bits from 2 i on of, the lowest two are position i.
+    alignas(64) uint8_t offsets[64];
+    for (int i = 0; i < 64; ++i) offsets[i] = uint8_t(i & ~1);
+    const __m512i shifts = _mm512_load_si512(offsets);
+    fetch<R>(words + 16);
+#pragma GCC unroll 4
+    for (int group = 0; group < 4; ++group) {
+        fetch<R>(w + 32 * group + 640);
+        const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * group));
+        const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(int64_t(words[group])));
+#pragma GCC unroll 16
+        for (int n = 0; n < R; ++n) {
+            __m512 &sum = total.of[group % chains_for(R)][n];
+            // Four inputs, eight times over: bits beyond the lowest two make no difference.
+            const __m512i four = _mm512_set1_epi64(eight_bytes(x + n * B + 4 * group));
+            sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutexvar_epi16(shifted, four)));
+        }
+    }
+}
+
+AVX512_INLINE __m512i side_by_side(const bf16 *left, const bf16 *right) {
+    const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)left));
+    return _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i *)right), 1);
+}
+
+// TopK blocks, a few weights, are bf16 in either case.
+template <int R, int CHAINS>
+AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Strip512<R, CHAINS> &total, float *) {
+    const int64_t quad = run.first + step;
+    const int32_t *blocks = m.quad_blocks + 4 * quad;
+    const int64_t first = m.vectors_before[quad], end = m.vectors_before[quad + 1];
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + n) * B; };
+        const __m512i left = side_by_side(at(0), at(1)), right = side_by_side(at(2), at(3));
+        for (int64_t v = first; v < end; ++v) {
+            fetch<R>(m.quad_values + 32 * v + 256), fetch<R>(m.quad_columns + 32 * v + 256);
+            const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
+            const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(m.quad_columns + 32 * v)));
+            __m512 &sum = total.of[0][n];
+            sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutex2var_epi16(left, index, right)));
+        }
+    }
+}
+
+template <int R>
+AVX512_INLINE void store(const Matrix &, int64_t, Floats512<R> &total, const float *, float *sums) {
+    for (int n = 0; n < R; ++n) {
+        for (int chain = 1; chain < chains_for(R); ++chain)
+            total.of[0][n] = _mm512_add_ps(total.of[0][n], total.of[chain][n]);
+        _mm512_storeu_ps(sums + n * B, total.of[0][n]);
+    }
+}
+
+// --- whole numbers -----------------------------------------------------------------------------------------------------
+
+// COUNT vectors of codes [16 rows][4].
+template <int BITS, int COUNT> AVX512_INLINE void load_codes(const uint8_t *codes, __m512i *vectors) {
+    if constexpr (BITS == 8) {
+#pragma GCC unroll 4
+        for (int v = 0; v < COUNT; ++v) vectors[v] = _mm512_loadu_si512(codes + 64 * v);
+    } else {
+        // Of each byte the lower or the upper four bits less 8: bits 0 to 2, then bit 3 turned over, five times.
+        const __m512i lower = _mm512_set1_epi64(0x0102040808080808), upper = _mm512_set1_epi64(0x1020408080808080);
+#pragma GCC unroll 2
+        for (int v = 0; v < COUNT / 2; ++v) {
+            const __m512i two = _mm512_loadu_si512(codes + 64 * v);
+            vectors[2 * v] = _mm512_gf2p8affine_epi64_epi8(two, lower, 0xf8);
+            vectors[2 * v + 1] = _mm512_gf2p8affine_epi64_epi8(two, upper, 0xf8);
+        }
+    }
+}
+
+// Codes of x are not negative, as the instruction wants it, by 128 that are taken off here, before they are added.
+template <int COUNT> AVX512_INLINE __m512i start_of(const __m512i *weights) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int v = 0; v < COUNT; ++v) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(0x80)), weights[v]);
+    return _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+}
+
+// Adds the exact sums of a block, times the step of x and, with 4 bits, the multiples of the rows.
+template <int BITS>
+AVX512_INLINE __m512 add_block(__m512 total, __m512i sum, __m512 multiples, float step) {
+    __m512 block = _mm512_cvtepi32_ps(sum);
+    if constexpr (BITS == 4) block = _mm512_mul_ps(block, multiples);
+    return _mm512_fmadd_ps(block, _mm512_set1_ps(step), total);
+}
+
+template <int BITS> AVX512_INLINE __m512 load_multiples(const int8_t *multiples, int64_t block) {
+    if constexpr (BITS == 8) return _mm512_setzero_ps();
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(multiples + block * B))));
+}
+
+template <int BITS, int R>
+AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
+    const uint8_t *codes = m.dense_codes + block * DENSE_BYTES<BITS>;
+    for (int line = 0; line < DENSE_BYTES<BITS>; line += 64) fetch<R>(codes + 1024 + line);
+    __m512i weights[4];
+    load_codes<BITS, 4>(codes, weights);
+    const __m512i start = start_of<4>(weights);
+    const __m512 multiples = load_multiples<BITS>(m.dense_multiples, block);
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const int8_t *x = in.codes + (column * R + n) * B;
+        __m512i sum = start;
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g)
+            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four_bytes(x + 4 * g)), weights[g]);
+        total.of[0][n] = add_block<BITS>(total.of[0][n], sum, multiples, in.steps[column * R + n]);
+    }
+}
+
+// Of 16 rows, four positions each in a byte -> where these are among eight columns, a byte each.
+AVX512_INLINE __m512i places_of(const uint8_t *positions) {
+    // Of the 32 bits with a row's four positions byte i takes those from 2 i on; the last two are of the second group.
+    const __m512i shifts = _mm512_set1_epi64(0x2624222006040200), second = _mm512_set1_epi32(0x04040000);
+    const __m512i rows = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)positions));
+    const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, rows);
+    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(3), second, 0xea); // (shifted & 3) | second
+}
+
+template <int BITS, int R>
+AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
+    const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>, *positions = m.code_positions + block * 2 * B;
+    for (int line = 0; line < TWO_FOUR_BYTES<BITS>; line += 64) fetch<R>(codes + 1024 + line);
+    fetch<R>(positions + 512);
+    __m512i weights[2];
+    load_codes<BITS, 2>(codes, weights);
+    const __m512i start = start_of<2>(weights), places[2] = {places_of(positions), places_of(positions + B)};
+    const __m512 multiples = load_multiples<BITS>(m.two_four_multiples, block);
+#pragma GCC unroll 16
+    for (int n = 0; n < R; ++n) {
+        const int8_t *x = in.codes + (column * R + n) * B;
+        __m512i sum = start;
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            const __m512i eight = _mm512_set1_epi64(eight_bytes(x + 8 * h));
+            sum = _mm512_dpbusd_epi32(sum, _mm512_shuffle_epi8(eight, places[h]), weights[h]);
+        }
+        total.of[0][n] = add_block<BITS>(total.of[0][n], sum, multiples, in.steps[column * R + n]);
+    }
+}
+
+template <int BITS, int R>
+AVX512_INLINE void store(const Matrix &m, int64_t strip, Codes512<BITS, R> &total, const float *, float *sums) {
+    const __m512 scales = _mm512_loadu_ps(m.scales + strip * B);
+    for (int n = 0; n < R; ++n) _mm512_storeu_ps(sums + n * B, _mm512_mul_ps(total.of[0][n], scales));
+}
+
+STRIP(strip_avx512, AVX512)
+
+} // namespace
