@@ -95,6 +95,14 @@ def test_every_way_to_load_gives_the_same_model(bundled):
     assert config == {"quant_method": "stepdown", "format": "stepdown packed 2", "values": "int4"}
 
 
+def test_the_head_has_8_bits_whatever_computes_with_it(bundled):
+    folder = bundled[0] / "int4"
+    ours, theirs = (load_packed(folder, kernel, "cpu") for kernel in ("torch", "auto"))
+    head, exact = ours.lm_head.weight.float(), ours.get_input_embeddings().weight.float()
+    assert torch.equal(head, theirs.lm_head.weight.float())
+    assert 1e-3 < (head - exact).norm() / exact.norm() < 1e-2
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 @torch.no_grad()
 def test_families(family, tmp_path):

@@ -23,6 +23,7 @@ from stepdown.packed.format import pack
 from stepdown.packed.integers import pack_integers
 from stepdown.packed.linear import INTEGER_KERNELS, ThreeTierLinear
 from stepdown.tensors.block_rounding import round_in_blocks
+from test_decoding import TOKENS, logits_of, model_of, quickened
 from three_tiers import random_three_tier
 
 library = cpu.load_library(sys.argv[1])
@@ -42,6 +43,8 @@ for kernel in (name for name, needed in cpu.INSTRUCTIONS.items() if level >= nee
                     layer(torch.randn(rows, shape[1]))
                 layer.multiply.unpack_from = 1
                 layer(torch.randn(3, shape[1]))
+    for bits in (None, 8):
+        logits_of(quickened(model_of("qwen3", kernel, bits)), TOKENS, 3)
 print("all clean")
 """
 

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..cli import progress
+from ..cli import log, progress
 from ..errors import UserError
 from ..models.decoder import build_empty, choose_device, types_of
-from ..models.linears import as_linears_, replace_module
+from ..models.linears import as_linears_, linear_of, replace_module
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
-from .folder import read_index, read_shard, shapes_in
+from .decoding import quicken_decoding
+from .folder import VALUES, read_index, read_shard, shapes_in
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
+
+# Of the head where kept weights are whole numbers of 8 or 4.
+HEAD_BITS = 8
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -87,15 +91,20 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
                 matrix, bias = matrices[source].to(device=place), own.pop(f"{name}.bias", None)
                 replace_module(model, name, ThreeTierLinear(matrix, bias, kernel))
         model.load_state_dict(own, strict=False, assign=True)
-    _pack_head(model, kernel)
+    _pack_head(model, kernel, index["values"])
+    if kernel in INSTRUCTIONS and quicken_decoding(model):
+        log.info("single tokens go through the decoder layers in C++")
 
 
-def _pack_head(model: nn.Module, kernel: str) -> None:
-    """The head is Dense, and runs on the CPU's kernels as such; torch, and a GPU, have a product of their own."""
-    head = model.get_output_embeddings()
-    if kernel in INSTRUCTIONS and isinstance(head, nn.Linear):
-        name = next(name for name, module in model.named_modules() if module is head)
-        replace_module(model, name, dense_linear(head.weight, head.bias, kernel))
-        # Whoever ties weights later finds none to tie.
-        model.all_tied_weights_keys.pop(f"{name}.weight", None)
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+def _pack_head(model: nn.Module, kernel: str, values: str) -> None:
+    """The head is Dense, and runs on the CPU's kernels as such; torch, and a GPU, have a product of their own. Where
+    kept weights are whole numbers it has 8 bits, whatever computes with it."""
+    head, bits = model.get_output_embeddings(), None if VALUES[values] is None else HEAD_BITS
+    if not isinstance(head, nn.Linear) or (kernel not in INSTRUCTIONS and bits is None):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    packed = dense_linear(head.weight, head.bias, kernel if kernel in INSTRUCTIONS else "torch", bits)
+    replace_module(model, name, packed if kernel in INSTRUCTIONS else linear_of(packed.weight, head.bias))
+    # Whoever ties weights later finds none to tie.
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
