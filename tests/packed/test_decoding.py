@@ -1,4 +1,4 @@
-"""Single tokens through decoder layers in C++: what the layers of transformers make of them, in any cache."""
+"""Single tokens through a decoder in C++: what transformers makes of them, whatever the cache went through."""
 
 import pytest
 import torch
@@ -61,9 +61,8 @@ def quickened(model):
 
 
 def slow(model):
-    """The same with the layers' own `forward`."""
-    for layer in model.model.layers:
-        vars(layer).pop("forward", None)
+    """The same with the decoder's own `forward`."""
+    vars(model.model).pop("forward", None)
     return model
 
 
@@ -95,11 +94,32 @@ def test_a_token_is_what_the_layers_make_of_it(family, bits, kernel):
 
 def test_it_is_computed_in_cpp(monkeypatch, kernel):
     model = quickened(model_of("llama", kernel))
+    cache = model(TOKENS[:, :3], use_cache=True).past_key_values
     for layer in model.model.layers:
-        monkeypatch.setattr(layer.self_attn, "forward", None)
+        monkeypatch.setattr(layer, "forward", None)
     with pytest.raises(TypeError):
-        model(TOKENS[:, :3])
-    model(TOKENS[:, :1], use_cache=True)
+        model(TOKENS[:, 3:5], past_key_values=cache)
+    model(TOKENS[:, 3:4], past_key_values=cache)
+    assert cache.get_seq_length() == 4
+
+
+def test_a_cache_is_cut_and_goes_on_in_other_ways(kernel):
+    """What comes after a token does not change it: several at once, some taken back, one by one with more room."""
+    model = quickened(model_of("llama", kernel))
+    tokens = torch.arange(200)[None] * 7 % SIZES["vocab_size"]
+    cache = model(tokens[:, :3], use_cache=True).past_key_values
+    for cut, end in ((3, 4), (4, 5), (5, 9), (7, 8), (8, 9)):
+        cache.crop(cut - cache.get_seq_length())
+        model(tokens[:, cut:end], past_key_values=cache)
+    found = torch.cat([model(tokens[:, n : n + 1], past_key_values=cache).logits[0] for n in range(9, 200)])
+    assert relative_error(found, slow(model)(tokens).logits[0, 9:].double()) < NEAR
+
+
+def test_all_that_is_asked_for_is_given(kernel):
+    model = quickened(model_of("llama", kernel))
+    cache = model(TOKENS[:, :3], use_cache=True).past_key_values
+    states = model(TOKENS[:, 3:4], past_key_values=cache, output_hidden_states=True).hidden_states
+    assert len(states) == 1 + SIZES["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("make", ["static", "padded"])
@@ -119,7 +139,7 @@ def test_any_cache_and_padding(make, kernel):
     assert relative_error(found, expected.double()) < NEAR
 
 
-def test_several_sequences_go_through_the_layers_themselves(kernel):
+def test_several_sequences_go_through_the_decoder_itself(kernel):
     model = quickened(model_of("llama", kernel))
     tokens = torch.cat([TOKENS, TOKENS.flip(1)])
     expected = logits_of(model, TOKENS, 3)

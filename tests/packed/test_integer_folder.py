@@ -1,5 +1,6 @@
 """Packed models of whole numbers on disk: written with and without text, loaded, checked as any packed folder is."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from stepdown.prune.calibrated_packing import pack_calibrated
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "resources/pydoc-llama"
+# Logits of the bundled model; bf16 has steps of a sixteenth there.
+NEARLY_A_TIE = {"bf16": 0.13, "int8": 0.25, "int4": 0.25}
 TEXT = "\n\n".join(module.__doc__ for module in (json, subprocess, sys))
 
 
@@ -40,7 +43,8 @@ def bundled(tmp_path_factory):
     checkpoint, tier_map = prune_by_magnitude(BUNDLED, folder)
     map_path = folder / "tier_map.safetensors"
     sizes = {
-        values: write_packed(checkpoint, tier_map, map_path, folder / values, values) for values in ("int8", "int4")
+        values: write_packed(checkpoint, tier_map, map_path, folder / values, values)
+        for values in ("bf16", "int8", "int4")
     }
     decoder, windows = open_decoder(folder / "model", "cpu"), tokens_of(TEXT, 64)[:16]
     pack_calibrated(decoder, tier_map, map_path, windows, 4, "int4", folder / "gptq")
@@ -115,6 +119,29 @@ def test_families(family, tmp_path):
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert (ours(windows).logits - exact(windows).logits).norm() < 5e-2 * exact(windows).logits.norm()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "packed", "tier_map.safetensors"]
+
+
+# Beginnings of Python's own documentation and code, as the bundled model knows them.
+PROMPTS = [line.strip() for line in inspect.getsource(json).splitlines() if len(line.strip()) > 30][:20]
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_torch_but_for_ties(bundled, values):
+    """Where torch, on the same weights, would choose another token than the kernels did, both are about as good."""
+    folder, tokenizer = bundled[0] / values, AutoTokenizer.from_pretrained(BUNDLED)
+    ours, theirs = (load_packed(folder, kernel, "cpu") for kernel in ("auto", "torch"))
+    assert len(PROMPTS) == 20
+    others = []
+    for prompt in PROMPTS:
+        given = tokenizer(prompt, return_tensors="pt").input_ids
+        found = ours.generate(given, max_new_tokens=24, do_sample=False)
+        new = found[0, given.shape[1] :]
+        logits = theirs(found).logits[0, -len(new) - 1 : -1].float()
+        lost = logits.amax(1) - logits.gather(1, new[:, None])[:, 0]
+        assert lost.max() < NEARLY_A_TIE[values], (prompt, lost)
+        others += (lost > 0).tolist()
+    assert len(others) > 300 and sum(others) < 0.03 * len(others)
 
 
 # ---------------------------------------------------------------- what is not whole

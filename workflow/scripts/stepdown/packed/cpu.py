@@ -118,10 +118,10 @@ def load_library(path: Path) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.three_tier_linear.argtypes = [pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int]
     loaded.three_tier_unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]
-    loaded.decoder_layer_before.argtypes = [*(pointer,) * 7, ctypes.c_int]
-    loaded.decoder_layer_after.argtypes = [*(pointer,) * 4, ctypes.c_int]
-    for name in ("three_tier_linear", "three_tier_unpack", "decoder_layer_before", "decoder_layer_after"):
-        getattr(loaded, name).restype = None
+    places = pointer, number, number, pointer
+    loaded.decode_token.argtypes = [pointer, number, *(pointer,) * 3, *places, ctypes.c_int]
+    for function in (loaded.three_tier_linear, loaded.three_tier_unpack, loaded.decode_token):
+        function.restype = None
     return loaded
 
 

@@ -1,14 +1,18 @@
-"""One token at a time through decoder layers of the Llama kind, in C++: else what stands between the linears of a small
-model takes longer than they do.
+"""One token at a time through the decoder layers of a Llama, all in one call of C++: else what Python does between the
+linears of a small model takes longer than they do.
 
-A layer stays what transformers made it; only its `forward` is another, which hands on to the layer's own whatever is
-not one token of one sequence on the CPU. Keys and values stay in the cache that transformers gives, of any kind.
+The model stays what transformers made it. Only its decoder's `forward` is another, which hands on to the decoder's own
+whatever is not one token of one sequence on the CPU with keys and values in a `DynamicCache`. These are moved to one
+tensor with room for more, of which the cache is given views, so that a token more copies nothing.
 """
 
 import ctypes
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cpu import CpuMultiply, library
 
@@ -20,6 +24,8 @@ LINEARS = (
 )
 # The kernels take vectors of so many, and have no last part of one.
 WHOLE = 8
+# How many more places there are where one is missing, beside as many as there were.
+MORE_ROOM = 64
 
 
 class _DecoderLayer(ctypes.Structure):
@@ -33,28 +39,16 @@ class _DecoderLayer(ctypes.Structure):
     ]
 
 
-class _Memory(ctypes.Structure):
-    """`Memory` of kernels/decoder_layer.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("length", "key_head_stride", "key_stride")),
-        *((name, ctypes.c_int64) for name in ("value_head_stride", "value_stride")),
-        ("seen", ctypes.c_void_p),
-    ]
-
-
 def quicken_decoding(model: nn.Module) -> bool:
-    """Have the decoder layers of a model compute single tokens in C++, if they are of a kind that is known, all their
-    linears are packed for the CPU, and attention is torch's own; returns whether they are."""
+    """Have a model's decoder compute single tokens in C++, if it is of a kind that is known, all its linears are packed
+    for the CPU, and attention is torch's own; returns whether it is."""
     config = model.config
     if config.model_type not in FAMILIES or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
         return False
-    layers = list(model.model.layers)
-    if not all(_fits(layer) for layer in layers):
+    rotated = 2 * model.model.rotary_emb.inv_freq.numel()
+    if not all(_fits(layer) and layer.self_attn.head_dim == rotated for layer in model.model.layers):
         return False
-    for layer in layers:
-        layer.forward = OneToken(layer, config)
+    model.model.forward = OneToken(model.model)
     return True
 
 
@@ -65,94 +59,101 @@ def _fits(layer: nn.Module) -> bool:
 
 
 class OneToken:
-    """What a decoder layer is called with, and gives: one token's hidden states in C++, and others by the layer."""
+    """What a decoder is called with, and gives: one token's hidden states in C++, and others by itself."""
 
-    def __init__(self, layer: nn.Module, config):
-        self._layer, self._own = layer, type(layer).forward
-        attention, library_ = layer.self_attn, library()
-        self._before, self._after = library_.decoder_layer_before, library_.decoder_layer_after
-        self._place, self._head_size = attention.layer_idx, attention.head_dim
-        self._heads = attention.q_proj.out_features // self._head_size
+    def __init__(self, decoder: nn.Module):
+        self._decoder, self._own, self._decode = decoder, type(decoder).forward, library().decode_token
+        attention = decoder.layers[0].self_attn
+        self._head_size = attention.head_dim
         self._key_heads = attention.k_proj.out_features // self._head_size
-        norms = layer.input_layernorm, layer.post_attention_layernorm
-        norms = *norms, getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         # Held, since the kernels know addresses only.
-        self._norms = [None if norm is None else norm.weight.detach().contiguous() for norm in norms]
+        self._norms: list[Tensor] = []
+        self._norm = self._address(decoder.norm)
+        self._layers = (_DecoderLayer * len(decoder.layers))(*map(self._parameters, decoder.layers))
+
+    def _parameters(self, layer: nn.Module) -> _DecoderLayer:
+        attention, config = layer.self_attn, self._decoder.config
         multiplies = [layer.get_submodule(name).multiply for name in LINEARS]
-        self._parameters = _DecoderLayer(
+        return _DecoderLayer(
             config.hidden_size,
-            self._heads,
+            attention.q_proj.out_features // self._head_size,
             self._key_heads,
             self._head_size,
             multiplies[0].avx512,
             config.rms_norm_eps,
             attention.scaling,
             *(ctypes.addressof(multiply.matrix) for multiply in multiplies),
-            *(None if norm is None else norm.data_ptr() for norm in self._norms),
+            *map(self._address, (layer.input_layernorm, layer.post_attention_layernorm)),
+            *(self._address(getattr(attention, name, None)) for name in ("q_norm", "k_norm")),
         )
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        use_cache: bool | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **others,
-    ) -> Tensor:
-        if past_key_values is not None and self._is_one_token(hidden_states, position_embeddings, attention_mask):
-            return self._step(hidden_states, attention_mask, past_key_values, *position_embeddings)
-        return self._own(
-            self._layer,
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **others,
-        )
+    def _address(self, norm: nn.Module | None) -> int | None:
+        if norm is None:
+            return None
+        self._norms.append(norm.weight.detach().contiguous())
+        return self._norms[-1].data_ptr()
 
-    def _is_one_token(self, states: Tensor, positions: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> bool:
-        """Whether it is one, in bf16, whole heads are rotated, and a mask only says which keys are seen."""
+    def __call__(self, input_ids: Tensor | None = None, attention_mask=None, past_key_values=None, **others):
+        one = input_ids is not None and input_ids.shape == (1, 1) and self._is_plain(past_key_values)
+        if one and self._is_all(others) and (attention_mask is None or _sees_all(attention_mask)):
+            return self._step(input_ids, past_key_values, others.get("position_ids"))
+        call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return self._own(self._decoder, **call, **others)
+
+    def _is_plain(self, cache) -> bool:
+        """Whether a cache keeps all of every layer's keys and values of one sequence, and has some."""
         return (
-            states.shape[:2] == (1, 1)
-            and states.dtype == torch.bfloat16
-            and states.device.type == "cpu"
-            and positions is not None
-            and positions[0].shape[-1] == self._head_size
-            and (mask is None or (mask.dtype == torch.bool and mask.shape[:3] == (1, 1, 1) and mask.stride(-1) == 1))
+            type(cache) is DynamicCache
+            and len(cache.layers) == len(self._layers)
+            and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+            and len(keys := cache.layers[0].keys) == 1
+            and keys.dtype == torch.bfloat16
+            and keys.device.type == "cpu"
         )
 
-    def _step(self, hidden_states: Tensor, mask: Tensor | None, cache, cosines: Tensor, sines: Tensor) -> Tensor:
-        states = hidden_states.clone(memory_format=torch.contiguous_format)
-        query = states.new_empty(self._heads * self._head_size)
-        key = states.new_empty(1, self._key_heads, 1, self._head_size)
-        value, threads = torch.empty_like(key), torch.get_num_threads()
-        layer = ctypes.byref(self._parameters)
-        self._before(
-            layer,
-            states.data_ptr(),
+    def _is_all(self, others: dict) -> bool:
+        """Whether nothing but the last hidden states is asked for."""
+        config = self._decoder.config
+        more = (
+            others.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
+        )
+        return not any(more) and others.get("return_dict", True)
+
+    def _step(self, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None) -> BaseModelOutputWithPast:
+        known = cache.layers[0].keys.shape[2]
+        memory = self._memory(cache, known)
+        states = self._decoder.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.full((1, 1), known)
+        cosines, sines = self._decoder.rotary_emb(states, position_ids=position_ids)
+        self._decode(
+            self._layers,
+            len(self._layers),
+            self._norm,
             cosines.data_ptr(),
             sines.data_ptr(),
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            threads,
+            memory.data_ptr(),
+            memory.shape[-2],
+            known,
+            states.data_ptr(),
+            torch.get_num_threads(),
         )
-        keys, values = (_rows(tensor) for tensor in cache.update(key, value, self._place))
-        memory = _Memory(
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
-            *keys.stride()[1:3],
-            *values.stride()[1:3],
-            None if mask is None else mask[..., : keys.shape[2]].data_ptr(),
-        )
-        self._after(layer, ctypes.byref(memory), query.data_ptr(), states.data_ptr(), threads)
-        return states
+        seen = memory[..., : known + 1, :].flatten(0, 1).unbind()
+        for place, layer in enumerate(cache.layers):
+            layer.keys, layer.values = seen[2 * place : 2 * place + 2]
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache)
+
+    def _memory(self, cache: DynamicCache, known: int) -> Tensor:
+        """[layers, keys and values, 1, key heads, room, head size], in front what the cache knows, then room."""
+        keys, memory = cache.layers[0].keys, getattr(cache, "memory", None)
+        if memory is None or keys.data_ptr() != memory.data_ptr() or memory.shape[-2] == known:
+            room = 2 * known + MORE_ROOM
+            memory = keys.new_empty(len(cache.layers), 2, 1, self._key_heads, room, self._head_size)
+            for own, layer in zip(memory, cache.layers, strict=True):
+                own[0, ..., :known, :], own[1, ..., :known, :] = layer.keys, layer.values
+            cache.memory = memory
+        return memory
 
 
-def _rows(states: Tensor) -> Tensor:
-    return states if states.stride(-1) == 1 else states.contiguous()
+def _sees_all(mask) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())

@@ -93,7 +93,7 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
         model.load_state_dict(own, strict=False, assign=True)
     _pack_head(model, kernel, index["values"])
     if kernel in INSTRUCTIONS and quicken_decoding(model):
-        log.info("single tokens go through the decoder layers in C++")
+        log.info("single tokens go through the decoder in C++")
 
 
 def _pack_head(model: nn.Module, kernel: str, values: str) -> None:

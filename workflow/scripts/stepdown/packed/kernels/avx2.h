@@ -1,5 +1,5 @@
-// Strips with AVX2 and FMA. A block goes in two halves of 8 rows, as in avx512.h but for TopK, whose weights are added one
-// by one.
+// Strips with AVX2 and FMA. A block goes in two halves of 8 rows, as in avx512.h but for TopK, whose weights are added
+// one by one.
 #pragma once
 
 #include "matrix.h"
@@ -8,6 +8,28 @@ namespace {
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX2_INLINE AVX2 __attribute__((always_inline)) inline
+
+// Eight values of bf16 as floats, and back: to nearest, ties to even; a NaN stays one.
+AVX2_INLINE __m256 load_wide(const bf16 *from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16));
+}
+
+AVX2_INLINE void store_narrow(bf16 *to, __m256 values) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i none = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    const __m256i whole = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), none);
+    const __m128i low = _mm256_castsi256_si128(whole), high = _mm256_extracti128_si256(whole, 1);
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));
+}
+
+// A float as bf16 can hold it.
+AVX2_INLINE __m256 rounded(__m256 values) {
+    alignas(16) bf16 eight[8];
+    store_narrow(eight, values);
+    return load_wide(eight);
+}
 
 template <int R> struct Strip256 {
     static constexpr int ROWS = R;
@@ -174,7 +196,8 @@ AVX2_INLINE __m256i places_of_half(const uint8_t *positions) {
 
 template <int BITS, int R>
 AVX2_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t column, Codes256<BITS, R> &total) {
-    const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>, *positions = m.code_positions + block * 2 * B;
+    const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>;
+    const uint8_t *positions = m.code_positions + block * 2 * B;
     const int8_t *x = in.codes + column * R * B;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {

@@ -1,8 +1,8 @@
 // Strips with AVX-512: BF16 and VBMI for bf16, VNNI and GFNI for whole numbers.
 //
-// One vector of 16 floats holds the outputs of a strip. Dense blocks of bf16 go two columns at a time, 32 weights against
-// one pair of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit positions:
-// nothing is decompressed. TopK blocks go four at a time in the same way (quads.py).
+// One vector of 16 floats holds the outputs of a strip. Dense blocks of bf16 go two columns at a time, 32 weights
+// against one pair of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit
+// positions: nothing is decompressed. TopK blocks go four at a time in the same way (quads.py).
 //
 // Whole numbers go four columns at a time, 64 of them; those kept of a 2:4 block four of eight columns.
 #pragma once
@@ -36,10 +36,12 @@ template <int R> struct Floats512 : Strip512<R, chains_for(R)> {};
 // Of whole numbers, still to be multiplied by the scales of the rows.
 template <int BITS, int R> struct Codes512 : Strip512<R, 1> {};
 
-// Fetch what lies some way ahead into the second-level cache: with several streams at once the processor's own
-// prefetching comes too late. The distances are measured.
-template <int R> AVX512_INLINE void fetch(const void *ahead) {
-    if constexpr (Strip512<R, 1>::WAITS) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+// Fetch what lies ahead of so many bytes into the second-level cache: with several streams at once the processor's own
+// prefetching comes too late. How far ahead is measured.
+constexpr int AHEAD = 8192, AHEAD_OF_POSITIONS = 2048;
+template <int R, int BYTES, int BY = AHEAD> AVX512_INLINE void fetch(const void *from) {
+    for (int line = 0; line < BYTES && Strip512<R, 1>::WAITS; line += 64)
+        _mm_prefetch((const char *)from + BY + line, _MM_HINT_T1);
 }
 
 AVX512_INLINE int32_t four_bytes(const void *from) {
@@ -61,7 +63,7 @@ AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t c
     const bf16 *w = m.dense + block * B * B, *x = in.x + column * B * R;
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
-        fetch<R>(w + 32 * pair + 512);
+        fetch<R, 64>(w + 32 * pair);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * pair));
 #pragma GCC unroll 16
         for (int n = 0; n < R; ++n) {
@@ -79,10 +81,10 @@ AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_
     alignas(64) uint8_t offsets[64];
     for (int i = 0; i < 64; ++i) offsets[i] = uint8_t(i & ~1);
     const __m512i shifts = _mm512_load_si512(offsets);
-    fetch<R>(words + 16);
+    fetch<R, 32, AHEAD_OF_POSITIONS>(words);
 #pragma GCC unroll 4
     for (int group = 0; group < 4; ++group) {
-        fetch<R>(w + 32 * group + 640);
+        fetch<R, 64>(w + 32 * group);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * group));
         const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(int64_t(words[group])));
 #pragma GCC unroll 16
@@ -111,7 +113,8 @@ AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, S
         const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + n) * B; };
         const __m512i left = side_by_side(at(0), at(1)), right = side_by_side(at(2), at(3));
         for (int64_t v = first; v < end; ++v) {
-            fetch<R>(m.quad_values + 32 * v + 256), fetch<R>(m.quad_columns + 32 * v + 256);
+            fetch<R, 64, AHEAD_OF_POSITIONS>(m.quad_values + 32 * v);
+            fetch<R, 32, AHEAD_OF_POSITIONS>(m.quad_columns + 32 * v);
             const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
             const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(m.quad_columns + 32 * v)));
             __m512 &sum = total.of[0][n];
@@ -148,18 +151,21 @@ template <int BITS, int COUNT> AVX512_INLINE void load_codes(const uint8_t *code
     }
 }
 
-// Codes of x are not negative, as the instruction wants it, by 128 that are taken off here, before they are added.
+// 1.5 * 2^23 as a float's bits: a whole number below 2^22 that is added to them is added to the float. So a sum becomes
+// a float by a subtraction, for which other parts of the processor are free than for products.
+constexpr int32_t FLOAT_BITS = 0x4b400000;
+
+// Codes of x are not negative, as the instruction wants it, by 128 that are taken off before they are added.
 template <int COUNT> AVX512_INLINE __m512i start_of(const __m512i *weights) {
     __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int v = 0; v < COUNT; ++v) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(0x80)), weights[v]);
-    return _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+    return _mm512_sub_epi32(_mm512_set1_epi32(FLOAT_BITS), sum);
 }
 
 // Adds the exact sums of a block, times the step of x and, with 4 bits, the multiples of the rows.
-template <int BITS>
-AVX512_INLINE __m512 add_block(__m512 total, __m512i sum, __m512 multiples, float step) {
-    __m512 block = _mm512_cvtepi32_ps(sum);
+template <int BITS> AVX512_INLINE __m512 add_block(__m512 total, __m512i sum, __m512 multiples, float step) {
+    __m512 block = _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(_mm512_set1_epi32(FLOAT_BITS)));
     if constexpr (BITS == 4) block = _mm512_mul_ps(block, multiples);
     return _mm512_fmadd_ps(block, _mm512_set1_ps(step), total);
 }
@@ -172,7 +178,7 @@ template <int BITS> AVX512_INLINE __m512 load_multiples(const int8_t *multiples,
 template <int BITS, int R>
 AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
     const uint8_t *codes = m.dense_codes + block * DENSE_BYTES<BITS>;
-    for (int line = 0; line < DENSE_BYTES<BITS>; line += 64) fetch<R>(codes + 1024 + line);
+    fetch<R, DENSE_BYTES<BITS>>(codes);
     __m512i weights[4];
     load_codes<BITS, 4>(codes, weights);
     const __m512i start = start_of<4>(weights);
@@ -199,9 +205,10 @@ AVX512_INLINE __m512i places_of(const uint8_t *positions) {
 
 template <int BITS, int R>
 AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
-    const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>, *positions = m.code_positions + block * 2 * B;
-    for (int line = 0; line < TWO_FOUR_BYTES<BITS>; line += 64) fetch<R>(codes + 1024 + line);
-    fetch<R>(positions + 512);
+    const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>;
+    const uint8_t *positions = m.code_positions + block * 2 * B;
+    fetch<R, TWO_FOUR_BYTES<BITS>>(codes);
+    fetch<R, 32, AHEAD_OF_POSITIONS>(positions);
     __m512i weights[2];
     load_codes<BITS, 2>(codes, weights);
     const __m512i start = start_of<2>(weights), places[2] = {places_of(positions), places_of(positions + B)};

@@ -1,4 +1,4 @@
-// W in three tiers, as docs/packed-format.md lays it out: 16 x 16 blocks, sorted by tier inside each strip of 16 rows of W.
+// W in three tiers, as docs/packed-format.md lays it out: 16 x 16 blocks, sorted by tier inside each strip of 16 rows.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +30,9 @@ struct Matrix {
     const int32_t *quad_blocks;     // [quads][4]: where in the strip the blocks stand
     const int64_t *vectors_before;  // [quads + 1]
     const int64_t *quads_before;    // [strips + 1]
-    // Where `bits` is not 0, whole numbers of so many bits in place of `dense`, `two_four` and `positions`; those of TopK
-    // blocks, and with 4 bits what they are multiplied by, are in `top_k` and `quad_values` as bf16, exactly.
-    const uint8_t *dense_codes;        // 8 bits: [Dense blocks][4][16 rows][4 columns]; 4: [..][2][16][4], two in a byte
+    // Where `bits` is not 0, whole numbers of so many bits in place of `dense`, `two_four` and `positions`; those of
+    // TopK blocks, and with 4 bits what they are multiplied by, are in `top_k` and `quad_values` as bf16, exactly.
+    const uint8_t *dense_codes;        // 8 bits: [Dense blocks][4][16 rows][4 columns]; 4: [..][2][16][4], two a byte
     const uint8_t *two_four_codes;     // 8 bits: [2:4 blocks][2][16 rows][4 kept]; 4: [..][1][16][4]
     const uint8_t *code_positions;     // [2:4 blocks][2][16 rows]: four positions of two bits
     const int8_t *dense_multiples;     // 4 bits: [Dense blocks][16 rows]
@@ -81,8 +81,8 @@ struct Input {
     const float *steps;  // [block columns][R]
 };
 
-// sums: float [ROWS of x][16], of one strip. One block of each tier in turn: while one waits for memory the other computes.
-// Where nothing waits, tier after tier. `Totals` says what goes on in a strip, and for how many rows of x.
+// sums: float [ROWS of x][16], of one strip. One block of each tier in turn: while one waits for memory the other
+// computes. Where nothing waits, tier after tier. `Totals` says what goes on in a strip, and for how many rows of x.
 // A macro, since what is inlined must be compiled for the same instructions, and no template can be told for which.
 #define STRIP(name, INSTRUCTIONS)                                                                                      \
     template <class Totals> INSTRUCTIONS void name(const Matrix &m, int64_t strip, Input in, float *sums) {            \

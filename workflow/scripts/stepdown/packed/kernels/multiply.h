@@ -1,6 +1,7 @@
 // y = x W^T + b for all rows of x, on several threads. Every weight is read once, in the order it is stored in.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "avx2.h"
@@ -48,9 +49,9 @@ inline Kernel choose(int64_t bits, bool avx512, int64_t rows) {
     return kernels.back();
 }
 
-// 16 values of x as whole numbers: the largest becomes 127 or -127, `offset` is added to all. Where one is infinite or no
-// number the step is none either.
-AVX2 inline void to_codes(const bf16 *x, int8_t *codes, float *step, char offset) {
+// 16 values of x as whole numbers: the largest becomes 127 or -127, `offset` is added to all. Where one is infinite or
+// no number the step is none either.
+AVX2 inline void to_codes(const bf16 *x, char offset, int8_t *codes, float *step) {
     const __m256i values = _mm256_loadu_si256((const __m256i *)x);
     const __m256i sizes = _mm256_and_si256(values, _mm256_set1_epi16(0x7fff));
     const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(sizes), _mm256_extracti128_si256(sizes, 1));
@@ -93,21 +94,19 @@ struct Inputs {
 
     Input bundle(int64_t number) const {
         const int64_t start = number * block_columns * R * B;
-        return {narrow.data() + start, wide.empty() ? nullptr : wide.data() + start,
-                codes.empty() ? nullptr : codes.data() + start, codes.empty() ? nullptr : steps.data() + start / B};
+        const auto from = [](const auto &all, int64_t place) { return all.empty() ? nullptr : all.data() + place; };
+        return {from(narrow, start), from(wide, start), from(codes, start), from(steps, start / B)};
     }
 
     void fill(const bf16 *x, int64_t bundle, int64_t column) {
+        static const bf16 zeros[B] = {};
         const int64_t start = (bundle * block_columns + column) * R * B;
         for (int n = 0; n < R; ++n) {
-            bf16 *target = narrow.data() + start + n * B;
-            const int64_t row = bundle * R + n;
-            if (row < rows)
-                std::memcpy(target, x + (row * block_columns + column) * B, B * sizeof(bf16));
-            else
-                std::memset(target, 0, B * sizeof(bf16));
-            for (int c = 0; c < B && !wide.empty(); ++c) wide[start + c * R + n] = widen(target[c]);
-            if (!codes.empty()) to_codes(target, codes.data() + start + n * B, steps.data() + start / B + n, offset);
+            const int64_t row = bundle * R + n, place = start + n * B;
+            const bf16 *source = row < rows ? x + (row * block_columns + column) * B : zeros;
+            std::memcpy(&narrow[place], source, B * sizeof(bf16));
+            for (int c = 0; c < B && !wide.empty(); ++c) wide[start + c * R + n] = widen(source[c]);
+            if (!codes.empty()) to_codes(source, offset, &codes[place], &steps[place / B]);
         }
     }
 };
@@ -118,20 +117,23 @@ struct Product {
     bf16 *y;
 };
 
-inline void store(const Product &product, const Inputs &inputs, int64_t strip, int64_t bundle, const float *sums) {
+AVX2 inline void store(const Product &product, const Inputs &inputs, int64_t strip, int64_t bundle, const float *sums) {
     const Matrix &m = *product.matrix;
     const int64_t rows = std::min<int64_t>(inputs.R, inputs.rows - bundle * inputs.R);
     const int64_t outputs = std::min<int64_t>(B, m.outputs - strip * B);
+    bf16 bias[B] = {}, whole[B];
+    if (m.bias) std::memcpy(bias, m.bias + strip * B, size_t(outputs) * sizeof(bf16));
     for (int64_t n = 0; n < rows; ++n) {
-        bf16 *target = product.y + (bundle * inputs.R + n) * m.outputs + strip * B;
-        for (int64_t o = 0; o < outputs; ++o)
-            target[o] = narrow(sums[n * B + o] + (m.bias ? widen(m.bias[strip * B + o]) : 0.0f));
+        for (int half = 0; half < B; half += 8)
+            store_narrow(whole + half, _mm256_add_ps(_mm256_loadu_ps(sums + n * B + half), load_wide(bias + half)));
+        std::memcpy(product.y + (bundle * inputs.R + n) * m.outputs + strip * B, whole, size_t(outputs) * sizeof(bf16));
     }
 }
 
-// All rows of x by the strips from `first` on that share a pass over x.
-inline void multiply_strips(const Product &product, const Kernel &kernel, const Inputs &inputs, int64_t first) {
-    const int64_t end = std::min(first + STRIPS_AT_ONCE, product.matrix->strips);
+// All rows of x by `count` strips from `first` on, which share a pass over x.
+inline void multiply_strips(const Product &product, const Kernel &kernel, const Inputs &inputs, int64_t first,
+                            int64_t count) {
+    const int64_t end = std::min(first + count, product.matrix->strips);
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
         for (int64_t strip = first; strip < end; ++strip) {
             alignas(64) float sums[B * B];
@@ -141,8 +143,8 @@ inline void multiply_strips(const Product &product, const Kernel &kernel, const 
 }
 
 // The same x, bf16 [rows][16 * block columns], by several matrices of the same values.
-inline void multiply(const std::vector<Product> &products, const bf16 *x, int64_t rows, int threads, bool avx512) {
-    const Matrix &m = *products[0].matrix;
+inline void multiply(std::initializer_list<Product> products, const bf16 *x, int64_t rows, int threads, bool avx512) {
+    const Matrix &m = *products.begin()->matrix;
     const Kernel kernel = choose(m.bits, avx512, rows);
     // Kept from call to call: fresh memory costs more than filling it.
     static thread_local Inputs kept;
@@ -152,13 +154,18 @@ inline void multiply(const std::vector<Product> &products, const bf16 *x, int64_
 #pragma omp parallel for collapse(2) num_threads(threads) if (inputs.bundles > 1)
     for (int64_t bundle = 0; bundle < inputs.bundles; ++bundle)
         for (int64_t column = 0; column < m.block_columns; ++column) inputs.fill(x, bundle, column);
-    std::vector<std::pair<const Product *, int64_t>> tasks;
-    for (const Product &product : products)
-        for (int64_t first = 0; first < product.matrix->strips; first += STRIPS_AT_ONCE)
-            tasks.emplace_back(&product, first);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t task = 0; task < tasks.size(); ++task)
-        multiply_strips(*tasks[task].first, kernel, inputs, tasks[task].second);
+    const int64_t count = inputs.bundles > 1 ? STRIPS_AT_ONCE : 1;
+    const auto tasks_of = [&](const Product &product) { return (product.matrix->strips + count - 1) / count; };
+    int64_t tasks = 0;
+    for (const Product &product : products) tasks += tasks_of(product);
+    // Long pieces first, in which memory is read as it stands; then shorter ones, so that no thread waits for another.
+#pragma omp parallel for schedule(guided) num_threads(threads)
+    for (int64_t task = 0; task < tasks; ++task) {
+        int64_t place = task;
+        const Product *product = products.begin();
+        for (; place >= tasks_of(*product); ++product) place -= tasks_of(*product);
+        multiply_strips(*product, kernel, inputs, place * count, count);
+    }
 }
 
 } // namespace

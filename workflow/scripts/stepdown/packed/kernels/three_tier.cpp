@@ -26,38 +26,16 @@ extern "C" void three_tier_unpack(const Matrix *matrix, int64_t first, int64_t s
         unpack_strip(*matrix, first + strip, w + strip * B * B * matrix->block_columns);
 }
 
-// x: bf16 [hidden]; cosines, sines: bf16 [head size]. Writes query [heads][head size], key and value [key heads][head size].
-extern "C" void decoder_layer_before(const DecoderLayer *layer, const bf16 *x, const bf16 *cosines, const bf16 *sines,
-                                     bf16 *query, bf16 *key, bf16 *value, int threads) {
-    const DecoderLayer &l = *layer;
-    static thread_local std::vector<bf16> kept;
-    bf16 *input = room(kept, *l.query);
-    normalise(x, l.input_norm, l.hidden, l.epsilon, input);
-    multiply({{l.query, query}, {l.key, key}, {l.value, value}}, input, 1, threads, l.avx512);
-    for (int64_t head = 0; l.query_norm && head < l.heads; ++head)
-        normalise(query + head * l.head_size, l.query_norm, l.head_size, l.epsilon, query + head * l.head_size);
-    for (int64_t head = 0; l.key_norm && head < l.key_heads; ++head)
-        normalise(key + head * l.head_size, l.key_norm, l.head_size, l.epsilon, key + head * l.head_size);
-    rotate(query, l.heads, l.head_size, cosines, sines), rotate(key, l.key_heads, l.head_size, cosines, sines);
-}
-
-// The rest, once the key and the value are in memory. x: bf16 [hidden], in and out; query: what came of it before.
-extern "C" void decoder_layer_after(const DecoderLayer *layer, const Memory *memory, const bf16 *query, bf16 *x, int threads) {
-    const DecoderLayer &l = *layer;
-    static thread_local std::vector<bf16> kept, kept_gate, up, y;
-    bf16 *input = room(kept, *l.output);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t head = 0; head < l.heads; ++head)
-        attend(l, *memory, head, query + head * l.head_size, input + head * l.head_size);
-    y.resize(size_t(l.hidden));
-    multiply({{l.output, y.data()}}, input, 1, threads, l.avx512);
-    add(x, y.data(), l.hidden);
-    input = room(kept, *l.gate);
-    normalise(x, l.post_attention_norm, l.hidden, l.epsilon, input);
-    bf16 *gate = room(kept_gate, *l.down);
-    up.resize(size_t(l.up->outputs));
-    multiply({{l.gate, gate}, {l.up, up.data()}}, input, 1, threads, l.avx512);
-    gate_by_silu(gate, up.data(), l.up->outputs);
-    multiply({{l.down, y.data()}}, gate, 1, threads, l.avx512);
-    add(x, y.data(), l.hidden);
+// x: bf16 [hidden], in and out; norm: bf16 [hidden], of what the last layer gives; cosines, sines: bf16 [head size];
+// memory: bf16 [layers][keys, values][key heads][room][head size], with `known` places known, and one more afterwards.
+extern "C" void decode_token(const DecoderLayer *layers, int64_t count, const bf16 *norm, const bf16 *cosines,
+                             const bf16 *sines, bf16 *memory, int64_t room, int64_t known, bf16 *x, int threads) {
+    for (const DecoderLayer *layer = layers; layer < layers + count; ++layer) {
+        const int64_t half = layer->key_heads * room * layer->head_size;
+        Memory own = {memory, memory + half, room, known};
+        attention_block(*layer, own, cosines, sines, x, threads);
+        mlp_block(*layer, x, threads);
+        memory += 2 * half;
+    }
+    normalise(x, norm, layers->hidden, layers->epsilon, x);
 }

@@ -34,8 +34,9 @@ AVX2 inline void unpack_dense(const Matrix &m, int64_t block, const float *scale
                 const int multiple = m.bits == 8 ? 1 : m.dense_multiples[block * B + row];
                 four = scaled(four_codes(m, codes, group, row), multiple, scales[row]);
             } else {
+                const bf16 *from = m.dense + block * B * B + 2 * group * 32 + 2 * row;
                 uint32_t pairs[2];
-                for (int i = 0; i < 2; ++i) std::memcpy(pairs + i, m.dense + block * B * B + (2 * group + i) * 32 + 2 * row, 4);
+                for (int i = 0; i < 2; ++i) std::memcpy(pairs + i, from + 32 * i, 4);
                 four = uint64_t(pairs[1]) << 32 | pairs[0];
             }
             put(w + row * width + 4 * group, four);
@@ -77,8 +78,9 @@ inline void unpack_top_k(const Matrix &m, int64_t block, const float *scales, bf
 inline void unpack_strip(const Matrix &m, int64_t strip, bf16 *w) {
     const auto unpack_tier = [&](int tier, auto unpack_block) {
         const Run run = run_of(m, strip, tier);
+        const float *scales = m.bits ? m.scales + strip * B : nullptr;
         for (int64_t b = 0; b < run.count; ++b)
-            unpack_block(m, run.first + b, m.bits ? m.scales + strip * B : nullptr, w + run.columns[b] * B, m.block_columns * B);
+            unpack_block(m, run.first + b, scales, w + run.columns[b] * B, m.block_columns * B);
     };
     unpack_tier(0, unpack_dense), unpack_tier(1, unpack_two_four), unpack_tier(2, unpack_top_k);
 }
