@@ -1,5 +1,6 @@
 """Every kernel computes what float64 does, up to bf16 rounding, on any tiers, shape and number of rows."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from three_tiers import random_three_tier
 from torch.nn.functional import linear
 
 from stepdown.errors import UserError
-from stepdown.packed import cpu
+from stepdown.packed import cpu, huge_pages
 from stepdown.packed.format import pack
 from stepdown.packed.integers import pack_integers
 from stepdown.packed.linear import ThreeTierLinear, choose_kernel, dense_linear
@@ -120,6 +121,20 @@ def test_parts_that_do_not_fit_reach_no_kernel(kernel):
     for part in ("dense", "two_four", "positions", "top_k"):
         with pytest.raises(UserError, match=part):
             ThreeTierLinear(replace(matrix, **{part: getattr(matrix, part)[1:]}), None, kernel)
+
+
+# ---------------------------------------------------------------- where weights are
+
+
+def test_tensors_in_huge_pages_are_copies_on_lines_of_their_own(monkeypatch):
+    monkeypatch.setattr(huge_pages, "RUN", huge_pages.PAGE)
+    monkeypatch.setattr(huge_pages, "_free", memoryview(b""))
+    tensors = [torch.randn(7, 3), torch.arange(5), torch.randn(2**20).bfloat16(), torch.empty(0, 4), torch.ones(3, 2).T]
+    copies = [huge_pages.in_huge_pages(tensor) for tensor in tensors]
+    places = sorted((copy.data_ptr(), copy.nbytes) for copy in copies if copy.numel())
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    assert all(place % 64 == 0 for place, _ in places)
+    assert all(place + size <= after for (place, size), (after, _) in itertools.pairwise(places))
 
 
 # ---------------------------------------------------------------- building and choosing

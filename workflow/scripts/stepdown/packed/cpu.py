@@ -16,8 +16,9 @@ from torch.nn.functional import linear, pad
 
 from ..cli import log
 from ..files import cache_folder
-from .format import BLOCK_SIZE, PackedMatrix, strip_layout, unpack
-from .integers import IntegerMatrix, as_floats, top_k_before_scales
+from .format import BLOCK_SIZE, PackedMatrix, strip_layout
+from .huge_pages import in_huge_pages
+from .integers import IntegerMatrix, top_k_before_scales
 from .quads import top_k_quads
 
 SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.*"))
@@ -53,7 +54,7 @@ class CpuMultiply:
     def __init__(self, matrix: PackedMatrix | IntegerMatrix, bias: Tensor | None, instructions: str):
         self._library = library()
         self.avx512 = int(instructions == "avx512")
-        self._packed, self._bias = matrix, bias
+        self._bias = bias
         self.unpack_from = UNPACK_FROM if torch.cpu._is_amx_tile_supported() else sys.maxsize
         strips, block_columns = matrix.tiers.shape
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
@@ -66,13 +67,16 @@ class CpuMultiply:
         quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None,) * 5
         parts = (*blocks, top_k, positions, *strip_layout(matrix.tiers), bias, *quads)
         # Held, since the kernel knows addresses only.
-        self._tensors = [None if tensor is None else tensor.contiguous() for tensor in (*parts, *codes)]
+        self._tensors = [None if tensor is None else in_huge_pages(tensor) for tensor in (*parts, *codes)]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
         self.matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], bits, *addresses)
 
     @property
     def weight(self) -> Tensor:
-        return unpack(as_floats(self._packed) if isinstance(self._packed, IntegerMatrix) else self._packed)
+        width = self.matrix.block_columns * BLOCK_SIZE
+        weight = torch.empty(self.matrix.strips * BLOCK_SIZE, width, dtype=torch.bfloat16)
+        self._unpack(0, self.matrix.strips, weight)
+        return weight[: self.matrix.outputs, : width - self._padding].contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
@@ -91,11 +95,14 @@ class CpuMultiply:
         weight = x.new_empty(min(at_once, strips) * BLOCK_SIZE, width)
         for first in range(0, strips, at_once):
             count = min(at_once, strips - first)
-            matrix, threads = ctypes.byref(self.matrix), torch.get_num_threads()
-            self._library.three_tier_unpack(matrix, first, count, weight.data_ptr(), threads)
+            self._unpack(first, count, weight)
             part = slice(first * BLOCK_SIZE, min((first + count) * BLOCK_SIZE, y.shape[1]))
             bias = None if self._bias is None else self._bias[part]
             y[:, part] = linear(x, weight[: part.stop - part.start], bias)
+
+    def _unpack(self, first: int, strips: int, weight: Tensor) -> None:
+        matrix, threads = ctypes.byref(self.matrix), torch.get_num_threads()
+        self._library.three_tier_unpack(matrix, first, strips, weight.data_ptr(), threads)
 
 
 def best_instructions() -> str:

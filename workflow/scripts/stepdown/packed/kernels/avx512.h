@@ -170,8 +170,9 @@ template <int BITS> AVX512_INLINE __m512 add_block(__m512 total, __m512i sum, __
     return _mm512_fmadd_ps(block, _mm512_set1_ps(step), total);
 }
 
-template <int BITS> AVX512_INLINE __m512 load_multiples(const int8_t *multiples, int64_t block) {
+template <int BITS, int R> AVX512_INLINE __m512 load_multiples(const int8_t *multiples, int64_t block) {
     if constexpr (BITS == 8) return _mm512_setzero_ps();
+    fetch<R, B, AHEAD_OF_POSITIONS>(multiples + block * B);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(multiples + block * B))));
 }
 
@@ -182,7 +183,7 @@ AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t c
     __m512i weights[4];
     load_codes<BITS, 4>(codes, weights);
     const __m512i start = start_of<4>(weights);
-    const __m512 multiples = load_multiples<BITS>(m.dense_multiples, block);
+    const __m512 multiples = load_multiples<BITS, R>(m.dense_multiples, block);
 #pragma GCC unroll 16
     for (int n = 0; n < R; ++n) {
         const int8_t *x = in.codes + (column * R + n) * B;
@@ -212,7 +213,7 @@ AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_
     __m512i weights[2];
     load_codes<BITS, 2>(codes, weights);
     const __m512i start = start_of<2>(weights), places[2] = {places_of(positions), places_of(positions + B)};
-    const __m512 multiples = load_multiples<BITS>(m.two_four_multiples, block);
+    const __m512 multiples = load_multiples<BITS, R>(m.two_four_multiples, block);
 #pragma GCC unroll 16
     for (int n = 0; n < R; ++n) {
         const int8_t *x = in.codes + (column * R + n) * B;
