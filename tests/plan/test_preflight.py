@@ -117,6 +117,7 @@ def yaml_text(value):
         ({"oneshot": "wanda-2of4"}, "oneshot: found 'wanda-2of4'; write a list"),
         ({"layer_sparsity": {"table": {"q_proj": 1}}}, "layer_sparsity.table: found {'q_proj': 1}"),
         ({"device": "gpu"}, "device: found 'gpu'; write auto or cpu or cuda"),
+        ({"speed": {"packed": ["int2"]}}, "speed.packed: found 'int2'; write bf16 or int8"),
         ({"model": None}, "model: found nothing; write text"),
         ({"seed": "x: ["}, "seed: found 'x: ['"),
         ({"model": yaml.safe_load("2024-10-01")}, "is text as ./2024_10"),
@@ -171,6 +172,18 @@ def test_what_masks_that_move_do_not_go_with(asked, key, other, value, apart):
         assert f"which does not go with {key}; write 0" in error_of(preflight.check_inputs, complete(told))
         told["recovery"]["method"] = "lora"
     preflight.check_moving_masks(complete(told))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"schedule": None}, "packs the last iteration, but schedule is null; write packed: []"),
+        ({"pruning": {"block_size": 32}}, "have blocks of 16, pruning.block_size is 32; write packed: []"),
+    ],
+)
+def test_packed_models_that_cannot_be_measured(other, told):
+    assert told in error_of(preflight.check_inputs, complete({"speed": {"packed": ["int8"]}} | other))
+    preflight.check_packed(complete(other))
 
 
 def test_little_memory_wants_bfloat16():

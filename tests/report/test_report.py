@@ -486,14 +486,19 @@ def test_all_runs_are_compared(compared, tmp_path):
     sizes = {"parameters": 1000, "nonzeros": 500, "bytes": 2000, "packed_bytes": None}
     speeds = {"iter0": {"prefill": 90, "decode": 40}, "oneshot/wanda-2of4": {"prefill": 45, "decode": 50}}
     dense = {"dense_tokens_per_second": speeds["iter0"]}
+    speeds["iter2/packed/int8"] = {"prefill": 30, "decode": 80}
     measured = {step: sizes | dense | {"tokens_per_second": speed} for step, speed in speeds.items()}
+    measured["iter2/packed/int8"]["bytes"] = 700
     write(tmp_path / "measurements.json", {"steps": measured})
     files = {flag: tmp_path / f"{flag.replace('-', '_')}.json" for flag in ("zero-shot", "measurements")}
     finished = compare(tmp_path, compared, *(word for flag, file in files.items() for word in (f"--{flag}", file)))
     assert finished.returncode == 0, finished.stderr
     with (tmp_path / "compare.csv").open() as file:
         table = {row["run"]: row for row in csv.DictReader(file)}
-    assert next(iter(table)) == "iter0" and len(table) == 7
+    assert next(iter(table)) == "iter0" and len(table) == 8
+    packed = table["iter2/packed/int8"]
+    assert [packed[key] for key in ("method", "perplexity_pydoc_finetuned", "finetuning_tokens")] == ["", "", ""]
+    assert [float(packed[key]) for key in ("bytes_per_weight", "decode_to_dense")] == [0.7, 2]
     row = table["oneshot/wanda-2of4"]
     assert (row["method"], row["pattern"], float(row["sparsity"])) == ("wanda", "2of4", 0.5)
     assert float(row["perplexity_pydoc_pruned"]) == float(row["perplexity_pydoc_finetuned"]) == 30
@@ -508,7 +513,8 @@ def test_all_runs_are_compared(compared, tmp_path):
     assert [float(chain[key]) for key in ("pruning_seconds", "finetuning_seconds", "peak_memory_mb")] == [22, 100, 900]
     assert float(beside["pruning_seconds"]) == 13 and float(beside["peak_memory_mb"]) == 300
     told = finished.stdout
-    told = told.partition("size and speed")[0]
+    told, _, speed = told.partition("size and speed")
+    assert "packed/int8" not in told and "packed/int8" in speed
     assert told.index("sparsegpt-2of4") < told.index("wanda-2of4"), "best first at equal sparsity"
     assert max(map(len, told.splitlines())) <= 120
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")

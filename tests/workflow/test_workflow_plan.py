@@ -217,6 +217,15 @@ def test_tasks_are_measured_on_every_finished_model(fresh):
     assert jobs(steps, {"zero_shot"}) == {job for job in planned if job[1] == "zero_shot"}
 
 
+def test_the_last_iteration_is_measured_packed_when_asked_for(fresh):
+    asked = ("--config", "speed={packed: [bf16, int4]}")
+    packing = {job for job in fresh.plan(*asked) if job[1].startswith("pack")}
+    assert packing == {("iter5", "pack"), ("iter5", "pack_integers_int4")}
+    printed = fresh.run("--dry-run", "--printshellcmds", "results/measurements.json", *asked)
+    assert all(f"--step iter5/packed/{name} results/iter5/packed/{name}" in printed for name in ("bf16", "int4"))
+    assert not any(rule.startswith("pack") for _, rule in fresh.plan())
+
+
 def test_one_iteration_asks_for_those_before_it_and_no_more(fresh):
     expected = jobs(["iter0"], BASE) | jobs(["iter1", "iter2"], ITERATION)
     assert fresh.plan("results/iter2/eval.json") == expected - {("iter1", "evaluate")}

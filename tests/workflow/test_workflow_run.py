@@ -202,3 +202,21 @@ def test_an_iteration_is_packed_when_asked_for(project):
     )
     assert torch.equal(packed, weight.bfloat16())
     assert not rounded[weight == 0].any() and 0 < (rounded - weight).norm() < 0.2 * weight.norm()
+
+
+def test_packed_models_are_measured_as_they_run(project, tmp_path):
+    finished = snakemake(project, "results/iter2/packed/bf16/packed.json")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    words = ["--step", "iter0", "results/iter0/model", "--step", "iter2/packed/bf16", "results/iter2/packed/bf16"]
+    words += ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--output", tmp_path / "measurements.json"]
+    finished = subprocess.run(
+        [sys.executable, SCRIPTS / "measure.py", *words], cwd=project, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "three-tier linears run" in finished.stderr
+    dense, packed = json.loads((tmp_path / "measurements.json").read_text())["steps"].values()
+    assert packed["tokens_per_second"].keys() == {"prefill", "decode"}
+    assert packed["parameters"] == dense["parameters"] and packed["bytes"] < dense["bytes"]
+    pruned = Checkpoint(project / "results/iter2/finetuned_model")
+    zeros = sum((pruned.tensors([name])[name] == 0).sum().item() for name in pruned.names)
+    assert packed["parameters"] - packed["nonzeros"] == zeros

@@ -102,4 +102,6 @@ def measured(wildcards, input):
             words.append(next(thresholds))
         elif step in STEPS:
             words.append(str(folder.parent / "tier_map.safetensors"))
+    for step, index in zip(PACKED, input.packed):
+        words += ["--step", step, str(Path(index).parent)]
     return words

@@ -157,6 +157,7 @@ rule measure:
     input:
         models=[model_ready(step) for step in ALL_STEPS],
         thresholds=[compression_report(step) for step in ALL_STEPS if step.startswith("dynamic/")],
+        packed=collect("results/{step}/packed.json", step=PACKED),
     output:
         "results/measurements.json",
     log:
@@ -175,7 +176,7 @@ rule measure:
         script=SCRIPTS / "measure.py",
         code=code_hash("measure.py"),
         steps=measured,
-        options=flags({**config["speed"], "measured": None}),
+        options=flags({**config["speed"], "measured": None, "packed": None}),
         device=config["device"],
         trust=TRUST,
     message:

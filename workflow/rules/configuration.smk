@@ -84,6 +84,7 @@ ZERO_SHOT = collect(
     "results/{step}/zero_shot.json", step=["iter0", *STEPS, *RUNS] if config["zero_shot"]["tasks"] else []
 )
 MEASUREMENTS = ["results/measurements.json"] if config["speed"]["measured"] else []
+PACKED = [f"iter{len(SCHEDULE)}/packed/{values}" for values in config["speed"]["packed"]]
 TRAINING = collect("results/{step}/training.json", step=STEPS)
 TIER_MAPS = collect("results/{step}/tier_map.safetensors", step=STEPS)
 

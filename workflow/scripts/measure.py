@@ -30,8 +30,8 @@ def main(arguments: argparse.Namespace) -> None:
     protocol = (
         f"batch 1; prefill: a prompt of {arguments.prompt_tokens} random tokens in one pass; decode: the next"
         f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs, in"
-        " which the model and the dense one take turns. Zeros, packed weights and sparse activations run through dense"
-        " kernels."
+        " which the model and the dense one take turns. Packed models run on kernels of their own; zeros, quantised"
+        " weights and sparse activations through dense ones."
     )
     write_json(arguments.output, {"protocol": protocol, "steps": found})
 

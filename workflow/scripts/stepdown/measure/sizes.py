@@ -6,16 +6,20 @@ from ..files import weight_files
 from ..models.decoder import open_decoder
 from ..models.quantised_checkpoint import open_checkpoint
 from ..models.tier_maps import TierMap
-from ..packed.format import BLOCK_SIZE, packed_bytes
+from ..packed.folder import is_packed, read_index, read_shard
+from ..packed.format import BLOCK_SIZE, packed_bytes, unpack
+from ..packed.integers import IntegerMatrix, as_floats
 from ..tensors.masks import count_zeros
 
 
 def size_of(folder: Path | str, tier_map: TierMap | None = None) -> dict[str, int | None]:
-    """`parameters`, `nonzeros` (both of weights, quantised ones as what they stand for), `bytes` of the weight files,
-    and `packed_bytes`, what those would be with the matrices of a tier map packed; None without.
+    """`parameters`, `nonzeros` (both of weights, quantised and packed ones as what they stand for), `bytes` of the
+    weight files, and `packed_bytes`, what those would be with the matrices of a tier map packed; None without.
 
-    One tensor is in memory at a time; tied weights count once.
+    One tensor is in memory at a time, of a packed folder one layer; tied weights count once.
     """
+    if is_packed(folder):
+        return _packed_size(Path(folder))
     checkpoint = open_checkpoint(folder)
     packable = tier_map.tiers if tier_map and tier_map.block_size == BLOCK_SIZE else {}
     parameters = zeros = saved = 0
@@ -27,6 +31,20 @@ def size_of(folder: Path | str, tier_map: TierMap | None = None) -> dict[str, in
     size = sum(file.stat().st_size for file in weight_files(folder))
     packed = size - saved if packable else None
     return {"parameters": parameters, "nonzeros": parameters - zeros, "bytes": size, "packed_bytes": packed}
+
+
+def _packed_size(folder: Path) -> dict[str, int | None]:
+    index = read_index(folder)
+    parameters = zeros = size = 0
+    for file in index["sha256"]:
+        tensors, matrices = read_shard(folder / file, index)
+        for matrix in matrices.values():
+            weight = unpack(as_floats(matrix) if isinstance(matrix, IntegerMatrix) else matrix)
+            parameters, zeros = parameters + weight.numel(), zeros + count_zeros(weight)
+        for tensor in tensors.values():
+            parameters, zeros = parameters + tensor.numel(), zeros + count_zeros(tensor)
+        size += (folder / file).stat().st_size
+    return {"parameters": parameters, "nonzeros": parameters - zeros, "bytes": size, "packed_bytes": None}
 
 
 def remaining(folder: Path | str, base: Path | str, trust_remote_code: bool = False) -> dict[str, float | int]:

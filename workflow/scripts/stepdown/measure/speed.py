@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from ..models.decoder import choose_device, load_whole
 from ..models.quantised_checkpoint import QuantisedCheckpoint, open_checkpoint
 from ..models.sliced import read_width
+from ..packed.folder import is_packed
+from ..packed.model import load_packed
 
 
 def load_model(folder: Path | str, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """A model ready for use, in the type of its checkpoint; packed weights are unpacked: no kernel here takes them."""
+    """A model ready for use, in the type of its checkpoint: a packed folder on its own kernels; quantised weights as
+    what they stand for, as no kernel here takes them."""
     from ..models import loading
 
+    if is_packed(folder):
+        return load_packed(folder, device=device, trust_remote_code=trust_remote_code)
     if read_width(folder) or isinstance(open_checkpoint(folder), QuantisedCheckpoint):
         return load_whole(folder, device, trust_remote_code)
     return loading.load_model(folder, "auto", trust_remote_code).to(choose_device(device)).eval()

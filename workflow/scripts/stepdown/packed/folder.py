@@ -83,10 +83,14 @@ def check_packable(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | s
         )
 
 
+def is_packed(folder: Path | str) -> bool:
+    return (Path(folder) / INDEX_NAME).is_file()
+
+
 def read_index(folder: Path) -> dict:
     """What packed.json says; raises `UserError` unless it is there, of this version, and names files that are there."""
     path = folder / INDEX_NAME
-    if not path.is_file():
+    if not is_packed(folder):
         raise UserError(f"{folder}: no {INDEX_NAME}; give a folder that pack.py wrote")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

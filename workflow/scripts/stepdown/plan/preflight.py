@@ -148,6 +148,7 @@ def check_inputs(config: dict) -> None:
     if config["recovery"]["memory"] == "low" and not config["recovery"]["bf16"]:
         raise UserError("config key recovery.memory: found low, which computes in bfloat16; set recovery.bf16: true")
     check_moving_masks(config)
+    check_packed(config)
     tasks = config["zero_shot"]["task_folder"]
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
@@ -268,6 +269,18 @@ def check_moving_masks(config: dict) -> None:
                 raise UserError(
                     f"config key recovery.{key}: found {asked[key]}, which does not go with {other}; write 0"
                 )
+
+
+def check_packed(config: dict) -> None:
+    """`UserError` where packed models are to be measured and there is none, or none that can be packed."""
+    if not config["speed"]["packed"]:
+        return
+    if not config["schedule"]:
+        raise UserError("config key speed.packed: packs the last iteration, but schedule is null; write packed: []")
+    if (size := config["pruning"]["block_size"]) != 16:
+        raise UserError(
+            f"config key speed.packed: packed models have blocks of 16, pruning.block_size is {size}; write packed: []"
+        )
 
 
 def check_training_memory(recovery: dict, folder: Path) -> None:

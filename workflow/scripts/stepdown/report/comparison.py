@@ -18,16 +18,18 @@ def table(results: Results, benchmarks: Path, tasks: pd.DataFrame, measurements:
     """A row per step; the differences are those of the finished model to the dense one.
 
     Seconds and memory are what the jobs of a step took, those of the iterations before it included; missing where
-    `benchmarks`, a folder of Snakemake's benchmark files by step, has none.
+    `benchmarks`, a folder of Snakemake's benchmark files by step, has none. Packed models, which are measured and not
+    evaluated, come last.
     """
     steps = next(iter(results.values()))
-    table = steps[["method", "pattern", "layers", "sparsity"]].rename_axis("run")
+    packed = [run for run in measurements.index if run not in steps.index]
+    table = steps[["method", "pattern", "layers", "sparsity"]].reindex([*steps.index, *packed]).rename_axis("run")
     for text, found in results.items():
         table[f"perplexity_{text}_pruned"] = found.pruned
         table[f"perplexity_{text}_finetuned"] = found.finetuned
         table[f"difference_{text}"] = found.finetuned - found.base
         table[f"difference_percent_{text}"] = difference_percent(found.finetuned, found.base)
-    tokens = steps.total_tokens.rename("finetuning_tokens")
+    tokens = steps.total_tokens.rename("finetuning_tokens").astype("Int64")
     return table.join([tasks, tokens, costs(steps.index, benchmarks), measurements])
 
 
@@ -42,13 +44,13 @@ def read_tasks(paths: Iterable[Path]) -> pd.DataFrame:
 
 
 def read_measurements(paths: Iterable[Path]) -> pd.DataFrame:
-    """Step -> size and speed, from what measure.py wrote; speeds beside those of the dense model."""
+    """Step or packed model -> size and speed, from what measure.py wrote; speeds beside those of the dense model."""
     found = [pd.DataFrame()]
     for path in paths:
         with contents(path, "the result of measure.py") as record:
             steps = pd.DataFrame.from_dict(record["steps"], orient="index")
             speed, dense = (steps[f"{of}tokens_per_second"].apply(pd.Series) for of in ("", "dense_"))
-            columns = steps[SIZES].astype("Int64")
+            columns = steps[SIZES].astype("Int64").assign(bytes_per_weight=steps.bytes / steps.parameters)
             for kind in speed:
                 columns[f"{kind}_tokens_per_second"] = speed[kind]
                 columns[f"{kind}_to_dense"] = speed[kind] / dense[kind]
@@ -90,6 +92,7 @@ def _jobs_of(step: str, benchmarks: Path) -> list[Path]:
 def as_text(table: pd.DataFrame, text: str) -> str:
     """The rows on one text, best first at each sparsity; the base model on top."""
     final = f"perplexity_{text}_finetuned"
+    table = table[table[final].notna()]
     order = table[1:].assign(zeros=table.sparsity.round(2)).sort_values(["zeros", final]).index
     table = table.loc[[*table.index[:1], *order]]
     tuned, differs = table.finetuning_tokens > 0, table.index != BASE
@@ -113,7 +116,7 @@ def sizes_as_text(table: pd.DataFrame) -> str:
         return ""
     table = table[table.bytes.notna()]
     sizes = [cells(name.removesuffix("_bytes"), table[name], "{:,}", math.inf) for name in SIZES]
-    columns = [flush_left(table.index.to_series()), *sizes]
+    columns = [flush_left(table.index.to_series()), *sizes, cells("bytes/weight", table.bytes_per_weight)]
     # A model that remembers nothing from token to token has no decode.
     for kind in (kind for kind in ("prefill", "decode") if f"{kind}_tokens_per_second" in table):
         columns.append(cells(f"{kind} /s", table[f"{kind}_tokens_per_second"], "{:.1f}"))
