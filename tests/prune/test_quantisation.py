@@ -14,7 +14,7 @@ from stepdown.measure.perplexity import perplexity
 from stepdown.measure.sizes import size_of
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.quantised_checkpoint import open_checkpoint, pack, unpack
-from stepdown.plan.compressions import parse_quantised
+from stepdown.plan.compressions import BITS, parse_quantised
 from stepdown.prune.model_quantisation import quantise_checkpoint
 from stepdown.prune.slicing import slice_checkpoint
 from stepdown.tensors.masks import keep_n_of_m
@@ -22,7 +22,7 @@ from stepdown.tensors.quantisation import Quantised, gptq, round_to_nearest
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 IDENTITY = {"base_model": "0", "iteration": "1"}
-NAMES = ["gptq4", "gptq4-g16", "gptq4-asym", "gptq4-g16-asym", "gptq8-g8"]
+NAMES = ["gptq4", "gptq4-g16", "gptq4-asym", "gptq4-g16-asym", "gptq8-g8", "gptq3-g16"]
 MASKS = {"dense": torch.ones_like, "2of4": lambda weight: keep_n_of_m(weight.abs(), 2, 4)}
 
 
@@ -94,7 +94,7 @@ def test_rounding_moves_a_weight_by_half_a_step_at_most(name, seed):
     assert ((found.weight - weight).abs() <= steps * (1.001 if not asked.symmetric else 0.5001)).all()
 
 
-@given(st.sampled_from([4, 8]), st.booleans(), st.integers(1, 9), st.integers(1, 5))
+@given(st.sampled_from(BITS), st.booleans(), st.integers(1, 9), st.integers(1, 5))
 def test_what_is_packed_is_unpacked(bits, symmetric, rows, groups):
     asked = parse_quantised(f"int{bits}-g8{'' if symmetric else '-asym'}")
     limit = 2 ** (bits - 1)
@@ -114,7 +114,7 @@ def test_a_matrix_of_zeros_stays_one():
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
-@pytest.mark.parametrize("name", ["int8", "gptq4", "gptq4-g8-asym"])
+@pytest.mark.parametrize("name", ["int8", "gptq4", "gptq4-g8-asym", "gptq3-g8"])
 def test_transformers_loads_what_was_measured(family, name, tmp_path):
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 

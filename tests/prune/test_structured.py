@@ -214,7 +214,7 @@ def test_layers_of_different_kinds_are_renumbered_with_their_lists_or_not_at_all
         ("structured/shortgpt-5", "has 5 layers; remove at most 4"),
         ("structured/llmpruner-1", "unknown method 'llmpruner'"),
         ("structured/slicegpt-0.25/iter0", "starts from the base model"),
-        ("quantised/gptq3/iter0", "3 bits are not offered; write 4 or 8"),
+        ("quantised/gptq2/iter0", "2 bits are not offered; write 3 or 4 or 8"),
         ("quantised/awq4/iter0", "write int or gptq with its bits"),
         ("quantised/gptq4-g0/iter0", "a group of 0 weights"),
         ("quantised/gptq4-g40/iter0", "group size 40: does not divide the 48 inputs of hidden_size"),

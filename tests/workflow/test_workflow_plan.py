@@ -401,7 +401,7 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["results/oneshot/wanda-2of4-0.7/eval.json"], "2 of 4 is a sparsity of 0.5; leave 0.7 out"),
         (["--config", "zero_shot={task_folder: nowhere}"], "zero_shot.task_folder: no folder nowhere"),
         (["--config", "compressions=[structured/slicegpt-1.5]"], "structured/slicegpt-1.5: found '1.5'"),
-        (["results/quantised/gptq3/iter0/eval.json"], "3 bits are not offered; write 4 or 8"),
+        (["results/quantised/gptq2/iter0/eval.json"], "2 bits are not offered; write 3 or 4 or 8"),
         (["results/iter1/model.gguf"], "a GGUF file is written of llama, mistral, qwen2, qwen3, found the family None"),
         (["results/iter6/eval.json"], "results/iter6: config/progressive_schedule.csv has 5 rows"),
     ],

@@ -12,8 +12,8 @@ from ..files import read_json_object, text_config
 
 # How ShortGPT chooses the layers that go.
 REMOVALS = ("block_influence", "angular", "gradient", "perplexity")
-# Widths of a quantised weight: those that pack into words of 32 bits without a rest.
-BITS = (4, 8)
+# Widths of a quantised weight.
+BITS = (3, 4, 8)
 ALLOCATIONS = ("uniform", "greedy")
 # Families whose decoder layers SliceGPT can rotate, by `model_type`; and why not, of those often asked for.
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "opt")
