@@ -18,7 +18,9 @@ from three_tiers import pack_model
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-OPTIONAL = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines]
+# llama.cpp is for a benchmark only, and nothing here installs it.
+EXTRAS = {extra: lines for extra, lines in PROJECT["optional-dependencies"].items() if extra != "llama-cpp"}
+OPTIONAL = [Requirement(line) for lines in EXTRAS.values() for line in lines]
 IMPORTED_AS = {"pyyaml": "yaml"}
 BROUGHT_ALONG = {"PyYAML"}  # by transformers
 
