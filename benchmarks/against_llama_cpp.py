@@ -13,8 +13,8 @@ On some processors with AMX its own buffers end in an illegal instruction; `--no
 
 A turn is a prompt of 128, one of 512 and 32 tokens one by one after a prompt of 16, the same tokens for all, of which
 only the last has logits. Perplexity is by this project's protocol: GGUF files and quantised folders (`--quantised`) as
-what their weights stand for in bf16, packed folders as they run. `floor` is what reading all weights but those of an
-embedding that is looked up takes at the bandwidth measured in the same run. Written to `--output`: `comparison.json`
+what their weights stand for in bf16, packed folders as they run. `floor` is what reading the weights that a token asks
+for takes at the bandwidth measured in the same run. Written to `--output`: `comparison.json`
 with every time, `comparison.txt`, and two figures.
 """
 
@@ -50,7 +50,7 @@ from stepdown.measure.speed import load_model
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.decoder import open_decoder
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
-from stepdown.packed.folder import VALUES, write_packed
+from stepdown.packed.folder import VALUES, is_packed, read_index, write_packed
 from stepdown.report import drawing
 
 # By llama.cpp's names: its numbers of such files.
@@ -213,16 +213,17 @@ def tensor_bytes(path: Path) -> dict[str, int]:
 
 
 def sizes(path: Path, weights_of_layers: int) -> dict[str, float]:
-    """`bytes` of all weights; `read`: those that a token asks for, all but an embedding that is not the head as well;
-    `bytes_per_weight` of the decoder layers, embedding and head aside."""
+    """`bytes` of all weights as stored; `read`: what a token asks for, without an embedding that is only looked up, and
+    with a head of 8 bits where packed models have one; `bytes_per_weight` of the decoder layers alone."""
     found = tensor_bytes(path)
     layers = sum(size for name, size in found.items() if re.search(r"(layers|blk)\.\d+\.", name))
-    has_head = any(name.startswith(("lm_head.", "output.")) for name in found)
-    looked_up = sum(size for name, size in found.items() if "embed_tokens" in name or "token_embd" in name)
-    total = sum(found.values())
+    # A head that is tied is stored as the embedding.
+    heads = [size for name, size in found.items() if name.startswith(("lm_head.", "output."))]
+    heads = heads or [size for name, size in found.items() if re.search("embed_tokens|token_embd", name)]
+    of_whole_numbers = is_packed(path) and VALUES[read_index(path)["values"]]
     return {
-        "bytes": total,
-        "read": total - looked_up * has_head,
+        "bytes": sum(found.values()),
+        "read": layers + sum(heads) // (2 if of_whole_numbers else 1),
         "bytes_per_weight": layers / weights_of_layers,
     }
 

@@ -30,7 +30,7 @@ def test_packed_models_beside_llama_cpp(tmp_path):
         model = models.get(name) or models[f"three-tier {name}"]
         # Norms are counted with the layers, and so are scales of rows of 256 weights.
         assert model["bytes_per_weight"] == pytest.approx(size, abs=0.03), name
-        assert model["read"] == model["bytes"], "the head is the embedding"
+        assert (model["read"] < 0.95 * model["bytes"]) == (name in ("int8", "int4")), "whose head has 8 bits"
     # Pruned at random, so that the model is bad, but alike in all values.
     bf16, int8 = (models[f"three-tier {values}"]["perplexity"] for values in ("bf16", "int8"))
     assert models["own dense bf16"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-2)
