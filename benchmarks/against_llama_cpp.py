@@ -102,7 +102,9 @@ class InLlamaCpp:
         self._decode([token])
 
     def _decode(self, tokens: list[int]) -> None:
-        batch = self._library.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
+        numbers = (ctypes.c_int32 * len(tokens))(*tokens)
+        batch = self._library.llama_batch_get_one(numbers, len(tokens))
+        # Of the numbers the batch knows the address only.
         if self._library.llama_decode(self._context, batch):
             raise SystemExit("llama.cpp could not compute these tokens")
         # Which waits until they are computed.
