@@ -4,6 +4,8 @@
 
 A 4096 x 11008 float32 matrix goes from row 1 to row 2 of the default schedule: its scores, Dense -> 2:4, 2:4 -> TopK.
 The floor is one read and one write of the matrix: `W2.copy_(W)`. Bar: at most 10 times that.
+Beside it, in bfloat16: what it costs each block to become 2:4, against the published score (bar: at most 1.5 times
+that), and what it costs each to become TopK.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from stepdown.tensors.blocks import grid_shape
+from stepdown.tensors.costs import top_k_costs, two_four_costs
 from stepdown.tensors.saliency import block_scores
 from stepdown.tensors.tiers import (
     Tier,
@@ -48,6 +51,27 @@ def degrade(weight: torch.Tensor, norms: torch.Tensor, tiers: torch.Tensor, row:
     return stage_2
 
 
+def compare_costs(weight: torch.Tensor, norms: torch.Tensor, repeats: int) -> None:
+    """Print the times of costs beside that of the published score; weight: [out, in], pruned in place to 2:4."""
+    gradients = torch.rand(len(weight), generator=torch.Generator().manual_seed(1))
+    every = torch.ones(grid_shape(weight.shape, BLOCK_SIZE), dtype=torch.bool)
+    pairs = [
+        (
+            seconds(lambda: block_scores(weight, norms, BLOCK_SIZE)),
+            seconds(lambda: two_four_costs(weight, norms, gradients, BLOCK_SIZE)),
+        )
+        for _ in range(repeats + 1)  # the first one is not counted
+    ]
+    score, cost = (statistics.median(times) for times in zip(*pairs[1:], strict=True))
+    prune_two_four_(weight, norms, every, BLOCK_SIZE)
+    top_k = [
+        seconds(lambda: top_k_costs(weight, norms, gradients, every, BLOCK_SIZE, K)) for _ in range(repeats // 2 + 1)
+    ]
+    print(f"published score  {1000 * score:.1f} ms")
+    print(f"costs of 2:4     {1000 * cost:.1f} ms, {cost / score:.2f} times that (bar: 1.5)")
+    print(f"costs of TopK    {1000 * statistics.median(top_k):.1f} ms, of all blocks")
+
+
 def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"floor            {1000 * statistics.median(passes):.1f} ms: one read and write of it, {megabytes:.0f} MB")
     print(f"score + degrade  {1000 * statistics.median(runs):.1f} ms")
     print(f"ratio            {ratio:.1f} (bar: 10; median of {arguments.repeats} pairs)")
+    compare_costs(original.bfloat16(), norms, arguments.repeats)
 
 
 if __name__ == "__main__":

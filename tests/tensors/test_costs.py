@@ -45,3 +45,12 @@ def test_the_cost_of_top_k_is_that_of_what_pruning_drops(rows, columns, seed, k)
     prune_top_k_(pruned, norms, chosen, 16, k)
     expected = lost_by_block(weight, pruned, norms, gradients)[chosen]
     torch.testing.assert_close(top_k_costs(weight, norms, gradients, chosen, 16, k), expected, atol=1e-5, rtol=1e-4)
+
+
+@given(rows=SIDES, columns=SIDES, seed=st.integers(0, 1000))
+def test_costs_are_the_same_whatever_the_weights_are_held_in(rows, columns, seed):
+    weight, norms, gradients = case(rows, columns, seed)
+    weight = weight.bfloat16()
+    costs = two_four_costs(weight, norms, gradients, 16)
+    assert torch.equal(costs, two_four_costs(weight.float(), norms, gradients, 16))
+    assert torch.equal(costs, two_four_costs(weight.t().contiguous().t(), norms, gradients, 16))
