@@ -1,6 +1,8 @@
 """The benchmark of what each ingredient brings: its tables are of real configurations, and add up."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -45,3 +47,21 @@ def test_the_table_has_means_and_half_of_the_range():
     table = quality.table(figures)
     assert table["t", "finetuned"].tolist() == ["31.17 ± 1.25", "40.00"]
     assert ("t", "refitted") not in table
+
+
+@pytest.mark.slow
+def test_a_table_is_made_through_the_workflow(tmp_path):
+    sizes = {
+        "calibration": {"samples": 4, "sequence_length": 32, "batch_size": 4},
+        "reconstruction": {"samples": 4, "steps": 2},
+        "evaluation": {"sequence_length": 32, "tokens": 1024},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(sizes))
+    command = [sys.executable, ROOT / "benchmarks/quality.py", "--configfile", tmp_path / "tiny.yaml"]
+    command += ["--folder", tmp_path / "runs", "--only", "fisher, over", "and channels", "--cores", "1"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "fisher, over the model" in printed and "reconstructed" in printed
+    figures = pd.read_csv(tmp_path / "runs/ingredients/quality.csv")
+    assert set(figures.moment) == {"base", "pruned", "refitted", "reconstructed", "finetuned"}
+    pruned = figures[figures.moment == "pruned"].set_index("variant").perplexity
+    assert pruned["fisher, over the model"] != pruned["and channels sorted"]
