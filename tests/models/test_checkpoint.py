@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stepdown.errors import UserError
-from stepdown.models import checkpoint as checkpoints
-from stepdown.models.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint, save_tensors, shard_of
+from stepdown.models import tensor_files
+from stepdown.models.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint, shard_of
 from stepdown.models.decoder import open_decoder
+from stepdown.models.fused import Fused
+from stepdown.models.tensor_files import load_tensors, save_tensors
 from stepdown.models.tier_maps import check_same_model, check_zeros, dense_tier_map, read_tier_map, write_tier_map
 
 IDENTITY = {"base_model": "0" * 64, "iteration": "1"}
@@ -82,17 +85,16 @@ def test_a_full_disk_leaves_nothing_half_written(model, tmp_path, monkeypatch, e
     if existing:
         rewrite_checkpoint(model, target, lambda tensors: None, IDENTITY)
         before = files(target)
-    calls = []
+    written, read = [], tensor_files._bytes
 
-    def full(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 3:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save_file(tensors, path, metadata)
+    def full(tensor):
+        written.append(tensor)
+        if len(written) == 15:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return read(tensor)
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(tensor_files, "_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device\); is the disk full"):
         rewrite_checkpoint(model, target, halve, IDENTITY)
     assert sorted(path.name for path in tmp_path.iterdir()) == (["model", "target"] if existing else ["model"])
     if existing:
@@ -213,7 +215,7 @@ def test_metadata_has_one_order(tmp_path):
     metadata = dict.fromkeys("qwertyuiop", "é " * 3)
     for name in ("one", "two"):
         save_tensors({"a": torch.ones(3)}, tmp_path / name, metadata)
-        assert checkpoints.load_tensors(tmp_path / name)[1] == metadata
+        assert load_tensors(tmp_path / name)[1] == metadata
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -229,7 +231,7 @@ def test_a_map_of_another_model_or_iteration_is_refused(model, tier_map, tmp_pat
 def test_a_map_of_another_block_size_is_refused(tier_map, tmp_path):
     tensors = tier_map.tiers
     write_tier_map(tier_map, tmp_path / "map.safetensors")
-    with checkpoints.safe_open(tmp_path / "map.safetensors", framework="pt") as opened:
+    with safe_open(tmp_path / "map.safetensors", framework="pt") as opened:
         metadata = opened.metadata()
     save_tensors(tensors, tmp_path / "map.safetensors", metadata | {"block_size": "8"})
     with pytest.raises(UserError, match=r"expected .* blocks of size 8"):
@@ -292,10 +294,36 @@ def test_a_written_shard_is_let_go_of_before_the_next_is_read(model, tmp_path):
 
 
 def test_every_type_is_read_as_it_was_stored(model, tmp_path):
-    kinds = [kind for kind in checkpoints.TYPES.values() if not kind.is_complex]
-    tensors = {str(kind): torch.ones(3, 5).to(kind) for kind in kinds}
-    tensors |= {"none": torch.empty(0, 4), "one": torch.tensor(7)}
-    save_tensors(tensors, tmp_path / "all.safetensors", {})
-    for name, tensor in checkpoints.load_tensors(tmp_path / "all.safetensors")[0].items():
+    tensors = {str(kind): torch.ones(3, 5).to(kind) for kind in tensor_files.TYPES.values()}
+    tensors |= {"none": torch.empty(0, 4), "one": torch.tensor(7), "Ö": torch.ones(2)}
+    save_tensors(tensors, tmp_path / "all.safetensors", {"format": "pt"})
+    for name, tensor in load_tensors(tmp_path / "all.safetensors")[0].items():
         assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
-        assert torch.equal(tensor.float(), tensors[name].float())
+        assert torch.equal(tensor.to(torch.complex64), tensors[name].to(torch.complex64))
+    save_file(tensors, tmp_path / "library.safetensors", {"format": "pt"})
+    assert (tmp_path / "library.safetensors").read_bytes() == (tmp_path / "all.safetensors").read_bytes()
+
+
+LAYOUTS = {
+    "alone": {},
+    "transposed": {"transposed": frozenset(["stored"])},
+    "experts": {"fused": {"stored": Fused("e", ("gate_proj", "up_proj"), (3, 8, 6))}},
+    "experts, interleaved": {"fused": {"stored": Fused("e", ("gate_proj", "up_proj"), (3, 8, 6), interleaved=True)}},
+    "experts, transposed": {"fused": {"stored": Fused("e", ("gate_proj", "up_proj"), (3, 6, 8), transposed=True)}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_are_those_of_the_whole(tmp_path, layout):
+    fused = layout.get("fused")
+    tensor = torch.arange(144.0).view(fused["stored"].shape if fused else (8, 18))
+    save_tensors({"before": torch.ones(5), "stored": tensor}, tmp_path / "model.safetensors", {})
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint(tmp_path)
+    for attribute, value in layout.items():
+        setattr(checkpoint, attribute, value)
+    for name in checkpoint.names:
+        whole = checkpoint.tensors([name])[name]
+        for rows in (slice(0, 2), slice(1, 4), slice(3, 3), slice(0, len(whole))):
+            found = checkpoint.rows(name, rows)
+            assert torch.equal(found, whole[rows]) and found.is_contiguous()

@@ -33,13 +33,6 @@ def atomic_write(path: Path | str, text: str) -> None:
         raise
 
 
-def usual_mode() -> int:
-    """The permissions a new file of this user has; safetensors would give its files to their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def write_json(path: Path | str, content: object) -> None:
     """Write JSON as people read it, atomically; keys stay in the order given."""
     atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

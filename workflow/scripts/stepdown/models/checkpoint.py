@@ -10,27 +10,18 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..cli import progress
 from ..errors import UserError
-from ..files import INDEX_NAME, atomic_write, read_json_object, safetensors_header, usual_mode, weight_files
+from ..files import INDEX_NAME, atomic_write, read_json_object, safetensors_header, weight_files
 from .fused import Fused
+from .tensor_files import as_stored, dtype_of, load_tensors, read_part, save_tensors, stored_bytes
 
 # What stands in a checkpoint beside its weights and belongs to it.
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-CHUNK_BYTES = 1 << 24
-# What safetensors calls the types.
-TYPES = {"BOOL": torch.bool, "BF16": torch.bfloat16, "C64": torch.complex64}
-TYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
-TYPES |= {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
-TYPES |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
-TYPES |= {f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)}
 
 
 class Checkpoint:
@@ -61,10 +52,11 @@ class Checkpoint:
     @fused.setter
     def fused(self, fused: Mapping[str, Fused]) -> None:
         self._fused = dict(fused)
-        # Name of each matrix that shares a tensor -> that tensor, and its shape.
-        self._part_of: dict[str, tuple[str, tuple[int, ...]]] = {}
+        # Name of each matrix that shares a tensor -> that tensor, and where in it: a view on the meta device.
+        self._part_of: dict[str, tuple[str, Tensor]] = {}
         for name, layout in self._fused.items():
-            self._part_of |= {part: (name, shape) for part, shape in layout.shapes().items()}
+            parts = layout.views(torch.empty(layout.shape, device="meta"))
+            self._part_of |= {part: (name, view) for part, view in parts}
 
     @property
     def stored(self) -> list[str]:
@@ -80,18 +72,25 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
-        if name in self._part_of:
-            return self._part_of[name][1]
-        shape = self._stored_shape(name)
-        return tuple(reversed(shape)) if name in self.transposed else shape
+        return tuple(self._place(name)[1].shape)
 
-    def _stored_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._headers[self._file_of[name]][name]["shape"])
+    def _place(self, name: str) -> tuple[str, Tensor]:
+        """Under which name a tensor is stored, and where in that: a view on the meta device."""
+        if name in self._part_of:
+            return self._part_of[name]
+        file = self._file_holding(name)
+        whole = as_stored(self._headers[file][name])
+        return name, whole.T if name in self.transposed else whole
+
+    def _file_holding(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
+        return self._file_of[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor is stored as."""
         stored, _ = self._part_of.get(name, (name, None))
-        return _dtype(self._file_of[stored], self._headers[self._file_of[stored]][stored])
+        return dtype_of(self._file_of[stored], self._headers[self._file_of[stored]][stored])
 
     def holds_integers(self, name: str) -> bool:
         """Whether a tensor is stored as whole numbers, and what they stand for is not known here."""
@@ -112,12 +111,17 @@ class Checkpoint:
         """Copies of tensors as the files have them, but for those stored transposed."""
         found = {}
         for name in names:
-            if name not in self._file_of:
-                raise UserError(f"{self.folder}: no tensor {name!r}; is this a checkpoint of the same model?")
-            file = self._file_of[name]
-            tensor = _read_tensor(file, self._headers[file][name])
+            file = self._file_holding(name)
+            entry = self._headers[file][name]
+            tensor = read_part(file, entry, as_stored(entry))
             found[name] = tensor.T.contiguous() if name in self.transposed else tensor
         return found
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """A copy of some rows of a tensor; no more of the file is read than they span."""
+        stored, place = self._place(name)
+        file = self._file_of[stored]
+        return read_part(file, self._headers[file][stored], place[rows])
 
     def matrix(self, linear: str) -> Tensor:
         """The weight [out, in] of a linear."""
@@ -137,7 +141,7 @@ class Checkpoint:
             file = self._file_of[name]
             entry = self._headers[file][name]
             digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            for chunk in _stored_bytes(file, *entry["data_offsets"]):
+            for chunk in stored_bytes(file, *entry["data_offsets"]):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -350,95 +354,3 @@ def side_files(folder: Path) -> list[Path]:
     """The files of a checkpoint that are neither weights nor their index: configuration, tokenizer, code."""
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in SIDE_FILES)
     return [file for file in files if not file.name.endswith(".index.json")]
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
-    """Write one safetensors file elsewhere and move it; nothing is left of it on an error.
-
-    Elsewhere is a folder, since the library writes under names that nobody can know beforehand: what a killed process
-    leaves there goes with the folder when the file is written again.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(_apart(tensors), partial / path.name, metadata=metadata)
-        _sort_metadata(partial / path.name)
-        (partial / path.name).chmod(usual_mode())
-        os.replace(partial / path.name, path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: could not be written ({error}); is the disk full?") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the order of their names, each in memory of its own: a file has no two names for one, as tied weights
-    are one in a model."""
-    apart, taken = {}, set()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        apart[name] = tensor.clone() if tensor.data_ptr() in taken and tensor.numel() else tensor
-        taken.add(tensor.data_ptr())
-    return apart
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata in the order of their names: safetensors writes them in a different one every time."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one safetensors file, and its metadata; raises `UserError` when it cannot be read."""
-    path = Path(path)
-    try:
-        # It checks the file, too.
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from None
-    header, _ = safetensors_header(path)
-    return {name: _read_tensor(path, entry) for name, entry in header.items() if name != "__metadata__"}, metadata
-
-
-def _read_tensor(file: Path, entry: dict) -> Tensor:
-    """One tensor by what the file's header says of it. Read and not mapped: what is copied from a map is in memory
-    twice."""
-    tensor = torch.empty(entry["shape"], dtype=_dtype(file, entry))
-    begin, end = entry["data_offsets"]
-    with _at(file, begin) as opened:
-        read = opened.readinto(tensor.flatten().view(torch.uint8).numpy())
-    if not read == tensor.nbytes == end - begin:
-        raise UserError(f"{file}: not a readable safetensors file ({entry}); copy or download it again")
-    return tensor
-
-
-def _dtype(file: Path, entry: dict) -> torch.dtype:
-    if entry["dtype"] not in TYPES:
-        raise UserError(f"{file}: a tensor of the unknown type {entry['dtype']}; give the model in bfloat16")
-    return TYPES[entry["dtype"]]
-
-
-def _stored_bytes(file: Path, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes of one tensor, a few at a time."""
-    with _at(file, begin) as opened:
-        left = end - begin
-        while left:
-            chunk = opened.read(min(left, CHUNK_BYTES))
-            left -= len(chunk)
-            yield chunk
-
-
-def _at(file: Path, begin: int) -> BinaryIO:
-    """A safetensors file opened where its data have come to `begin`."""
-    opened = file.open("rb")
-    length = int.from_bytes(opened.read(8), "little")
-    opened.seek(8 + length + begin)
-    return opened

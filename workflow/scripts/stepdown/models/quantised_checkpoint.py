@@ -88,6 +88,9 @@ class QuantisedCheckpoint(Checkpoint):
             found[name] = unpack(parts, self._bits)
         return found
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        return self.tensors([name])[name][rows] if name in self._parts else super().rows(name, rows)
+
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """The checkpoint of a folder; raises `UserError` for a quantised one in a format that is not ours."""
