@@ -5,8 +5,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stepdown.packed import triton_kernel
+from stepdown.tensors import column_kernels
 
-NUMBERS = ("outputs", "block_columns")
+NUMBERS = ("outputs", "block_columns", "first", "last", "below", "beside")
 ELEMENTS = {
     "y": "bf16", "bias": "bf16", "x": "i16", "x_pairs": "i32", "x_groups": "i64", "weight": "i16",
     "weight_pairs": "i32",
@@ -38,6 +39,11 @@ def main() -> None:
     by_two = {"dense": "i32", "two_four": "i32", "top_k": "i16"}
     kernel = compiled(triton_kernel._unpack, by_two, 4, k=10, BLOCKS=8, PROGRAMS=8)
     print(f"unpack: {kernel.metadata.shared} bytes of shared memory")
+    floats = dict.fromkeys(("weight", "change", "factor", "scale", "step", "low", "high"), "fp32")
+    for name, constants in {"2:4": (2, 4, False), "masked": (0, 1, False), "rounded": (0, 1, True)}.items():
+        constants = dict(zip(("N", "M", "ROUND"), constants, strict=True)) | {"COLUMNS": 128, "LINES": 16}
+        kernel = compiled(column_kernels._settle, floats | {"keep": "i8", "codes": "i16"}, 4, **constants)
+        print(f"columns, {name}: {kernel.metadata.shared} bytes of shared memory")
 
 
 if __name__ == "__main__":

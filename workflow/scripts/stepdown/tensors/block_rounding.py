@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blocks import pad_to_blocks
-from .sparsegpt import settle_columns, updated
+from .sparsegpt import Columns, Rounding, settle_columns
 from .tiers import Tier
 
 BLOCK_SIZE = 16
@@ -66,19 +66,15 @@ def _gptq(weight: Tensor, row_tiers: Tensor, scales: Tensor, bits: int, hessian:
     codes = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
     multiples = torch.empty(row_tiers.shape[::-1], dtype=torch.int8, device=weight.device)
 
-    def begin(part: slice, columns: Tensor, change: Tensor, factor: Tensor, _: Tensor) -> None:
+    def settle(part: slice, columns: Columns) -> None:
         block = part.start // BLOCK_SIZE
         # Those that are masked have no say in what the step is.
-        weights = updated(part, columns, change, factor) * keep[part].T
+        weights = columns.updated(part) * keep[part].T
         multiples[block] = fit_multiples(weights[:, None], row_tiers[:, block, None], scales, bits)[:, 0]
+        limits = (limit.float() for limit in _limits(row_tiers[:, block], bits))
+        codes[part] = columns.settle(part, keep[part], Rounding(multiples[block] * scales, *limits))
 
-    def settle(i: int, column: Tensor) -> Tensor:
-        block = i // BLOCK_SIZE
-        step = multiples[block] * scales
-        codes[i] = to_codes(column, step, row_tiers[:, block], bits) * keep[i]
-        return codes[i] * step
-
-    settle_columns(weight, hessian, BLOCK_SIZE, begin, settle, name)
+    settle_columns(weight, hessian, BLOCK_SIZE, settle, name)
     return Rounded(codes.T.contiguous(), multiples.T.contiguous(), scales)
 
 
@@ -101,6 +97,11 @@ def fit_multiples(blocks: Tensor, row_tiers: Tensor, scales: Tensor, bits: int) 
 
 def to_codes(weight: Tensor, steps: Tensor, row_tiers: Tensor, bits: int) -> Tensor:
     """The nearest code of each weight, int8; steps, multiple * scale, and tiers may be one for several."""
-    wide = (row_tiers == Tier.TOP_K) | (bits == 8)
-    low, high = torch.where(wide, -LARGEST_8, LEAST_4), torch.where(wide, LARGEST_8, -LEAST_4 - 1)
+    low, high = _limits(row_tiers, bits)
     return torch.maximum(torch.minimum((weight / steps).round(), high), low).to(torch.int8)
+
+
+def _limits(row_tiers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest code there are, shape of the tiers."""
+    wide = (row_tiers == Tier.TOP_K) | (bits == 8)
+    return torch.where(wide, -LARGEST_8, LEAST_4), torch.where(wide, LARGEST_8, -LEAST_4 - 1)

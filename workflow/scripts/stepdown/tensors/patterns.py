@@ -29,12 +29,14 @@ class Pattern:
     keep: (metric [out, in], whole=False) -> bool [out, in]; `whole` compares over the whole matrix and not row by row,
     where the rule leaves that choice; it may be asked of a part of a matrix, some whole columns of it;
     fault: weight [out, in] -> what breaks the rule, in words, or "";
-    columns: how many columns such a part should have: so many are chosen among at once.
+    columns: how many columns such a part should have: so many are chosen among at once; n_of_m: what the rule is, where
+    it is no other than that n of m consecutive inputs stay.
     """
 
     keep: Callable[..., Tensor]
     fault: Callable[[Tensor], str]
     columns: int = COLUMNS
+    n_of_m: tuple[int, int] | None = None
 
 
 # --- the patterns ----------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def n_of_m(n: int, m: int) -> Pattern:
         crowded = int((groups > allowed).sum())
         return f"{crowded} groups keep more than {n} of {m}" if crowded else ""
 
-    return Pattern(keep, fault, columns=m)
+    return Pattern(keep, fault, columns=m, n_of_m=(n, m))
 
 
 def block(block_size: int, sparsity: Fraction) -> Pattern:

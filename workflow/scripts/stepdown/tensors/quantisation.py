@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan.compressions import Quantisation
-from .sparsegpt import settle_columns, updated
+from .sparsegpt import Columns, Rounding, settle_columns
 
 # Columns GPTQ settles between two large products where no group asks for fewer.
 COLUMNS = 128
@@ -54,19 +54,18 @@ def gptq(weight: Tensor, hessian: Tensor, asked: Quantisation, dtype: torch.dtyp
     scales = torch.empty(inputs // size, rows, dtype=dtype, device=weight.device)
     zeros = torch.empty_like(scales, dtype=torch.int8)
 
-    def begin(part: slice, columns: Tensor, change: Tensor, factor: Tensor, _: Tensor) -> None:
+    def settle(part: slice, columns: Columns) -> None:
+        group = part.start // size
         if part.start % size == 0:
             # A group's columns, or all of them; masked ones are no part of it.
-            group = slice(part.start, part.start + size)
-            weights = updated(group, columns, change, factor) * keep[group].T
-            scales[part.start // size], zeros[part.start // size] = fit_grid(weights, asked, dtype)
+            all_of_it = slice(part.start, part.start + size)
+            weights = columns.updated(all_of_it) * keep[all_of_it].T
+            scales[group], zeros[group] = fit_grid(weights, asked, dtype)
+        low, high = (limit - zeros[group].float() for limit in _limits(asked.bits))
+        rounding = Rounding(scales[group].to(columns.weight.dtype), low, high)
+        codes[part] = columns.settle(part, keep[part], rounding) + zeros[group]
 
-    def settle(i: int, column: Tensor) -> Tensor:
-        scale, zero = scales[i // size].to(column.dtype), zeros[i // size]
-        codes[i] = torch.where(keep[i], to_codes(column, scale, zero, asked.bits), zero)
-        return (codes[i].short() - zero) * scale
-
-    settle_columns(weight, hessian, asked.group_size or COLUMNS, begin, settle, name)
+    settle_columns(weight, hessian, asked.group_size or COLUMNS, settle, name)
     return Quantised(codes.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())
 
 
@@ -80,7 +79,7 @@ def fit_grid(weight: Tensor, asked: Quantisation, dtype: torch.dtype) -> tuple[T
         high = torch.maximum(-low, high)
         low = -high
     scales = ((high - low) / steps).to(dtype)
-    scales[scales == 0] = 1
+    scales.masked_fill_(scales == 0, 1)
     if asked.symmetric:
         return scales, torch.zeros_like(scales, dtype=torch.int8)
     return scales, (torch.round(-low / scales.float()) - 2 ** (asked.bits - 1)).clamp_(*_limits(asked.bits)).to(

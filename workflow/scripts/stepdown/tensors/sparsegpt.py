@@ -10,6 +10,9 @@ which needs no inverse, half the arithmetic, and cannot fail where the first fac
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,56 +32,111 @@ def optimal_brain_surgeon(weight: Tensor, hessian: Tensor, pattern: Pattern, nam
     `pattern.columns` at a time, by w^2 / [H^-1]_ii of what they have been updated to by then. An input that was always
     zero loses its weights. Raises `UserError`, calling the weight by `name`, when no damping makes H positive definite.
     """
-    keep = torch.empty(weight.shape[::-1], device=weight.device)
 
-    def choose(part: slice, columns: Tensor, change: Tensor, factor: Tensor, scale: Tensor) -> None:
-        saliency = updated(part, columns, change, factor).mul_(scale[part]).square_()
-        keep[part] = pattern.keep(saliency, whole=True).T
+    def settle(part: slice, columns: Columns) -> None:
+        saliency = columns.updated(part).mul_(columns.scale[part]).square_()
+        columns.settle(part, pattern.keep(saliency, whole=True).T)
 
-    return settle_columns(weight, hessian, pattern.columns, choose, lambda i, column: column * keep[i], name)
+    def settle_groups(part: slice, columns: Columns) -> None:
+        given = (columns.weight, columns.change, columns.factor, columns.scale)
+        kernels.settle_n_of_m(part, *given, *pattern.n_of_m)
+
+    kernels = _kernels() if weight.is_cuda and pattern.n_of_m else None
+    if kernels and pattern.columns <= kernels.PANEL:
+        groups = kernels.PANEL // pattern.columns
+        return settle_columns(weight, hessian, groups * pattern.columns, settle_groups, name)
+    return settle_columns(weight, hessian, pattern.columns, settle, name)
 
 
-def updated(part: slice, columns: Tensor, change: Tensor, factor: Tensor) -> Tensor:
-    """Where columns would go if none of them or after them lost more, [out, columns of the part]: they make up for what
-    was lost before them, and for one another. columns, change, factor: as `settle_columns` has them."""
-    above = factor[part, part]
-    free = torch.linalg.solve_triangular(above, change[part].T, upper=True, left=False, unitriangular=True)
-    return columns[part].T + free
+@dataclass(frozen=True)
+class Rounding:
+    """Whole numbers from low to high, times step: float32 [out] each."""
+
+    step: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A weight on its way from left to right, transposed, so that a column is contiguous.
+
+    weight: [in, out], as it came; change: [in, out], of columns that are done W - W'; of those to come, the sum over j
+    of (W - W')_j A_ji so far; factor: A, scale: the root of D, see `factorise`.
+    """
+
+    weight: Tensor
+    change: Tensor
+    factor: Tensor
+    scale: Tensor
+
+    def updated(self, part: slice) -> Tensor:
+        """Where columns would go if none of them or after them lost more, [out, columns of the part]: they make up for
+        what was lost before them, and for one another."""
+        above = self.factor[part, part]
+        moved = self.change[part].T
+        return self.weight[part].T + torch.linalg.solve_triangular(
+            above, moved, upper=True, left=False, unitriangular=True
+        )
+
+    def settle(self, part: slice, keep: Tensor, rounding: Rounding | None = None) -> Tensor | None:
+        """Settle the columns of a part, each at what of it is kept, [columns, out], or at the nearest of the numbers of
+        a rounding; returns these, int16 [columns, out], if there is one."""
+        given = (self.weight, self.change, self.factor)
+        if self.weight.is_cuda and (kernels := _kernels()) and len(keep) <= kernels.PANEL:
+            limits = (rounding.step, rounding.low, rounding.high) if rounding else ()
+            return kernels.settle(part, *given, keep, limits)
+        codes = torch.empty(keep.shape, dtype=torch.int16, device=keep.device) if rounding else None
+        keep = keep.to(self.weight.dtype, memory_format=torch.contiguous_format)
+
+        def finish(i: int, _: int) -> None:
+            value, kept = self.weight[i] + self.change[i], keep[i - part.start]
+            if rounding is None:
+                value *= kept
+            else:
+                whole = (
+                    torch.maximum(torch.minimum((value / rounding.step).round(), rounding.high), rounding.low) * kept
+                )
+                codes[i - part.start] = whole
+                value = whole * rounding.step
+            torch.sub(self.weight[i], value, out=self.change[i])
+
+        from_left_to_right(part.start, part.stop, 1, finish, self.carry)
+        return codes
+
+    def carry(self, first: int, middle: int, last: int) -> None:
+        """Carry what the columns first:middle lost to middle:last."""
+        factor = self.factor[first:middle, middle:last]
+        self.change[middle:last].addmm_(factor.T, self.change[first:middle])
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The kernels of a GPU, where there is Triton."""
+    try:
+        from . import column_kernels
+    except ImportError:
+        return None
+    return column_kernels
 
 
 def settle_columns(
-    weight: Tensor,
-    hessian: Tensor,
-    unit: int,
-    begin: Callable[[slice, Tensor, Tensor, Tensor, Tensor], None],
-    settle: Callable[[int, Tensor], Tensor],
-    name: str = "matrix",
+    weight: Tensor, hessian: Tensor, unit: int, settle: Callable[[slice, Columns], None], name: str = "matrix"
 ) -> Tensor:
     """Settle the columns of a weight [out, in] from left to right, those to come making up for what each has lost.
 
-    settle: (number of a column, what it has been updated to [out]) -> what it stays at. begin: called before `unit`
-    columns with (their slice; the weight transposed; for columns to come, what they have been moved by; A; the root
-    of D). Returns [out, in] in the type of the Hessian; raises as `factorise` does.
+    settle: settles `unit` columns at a time. Returns [out, in] in the type of the Hessian; raises as `factorise` does.
     """
     factor, scale = factorise(hessian, name)
-    # Transposed, so that a column of the weight is contiguous.
-    columns = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
-    columns[hessian.diagonal() == 0] = 0.0
-    # Of columns that are done, W - W'; of those to come, the sum over j of (W - W')_j A_ji so far.
-    change = torch.zeros_like(columns)
+    transposed = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
+    transposed.masked_fill_((hessian.diagonal() == 0)[:, None], 0.0)
+    columns = Columns(transposed, torch.zeros_like(transposed), factor, scale)
 
-    def finish_unit(first: int, last: int) -> None:
-        begin(slice(first, last), columns, change, factor, scale)
-        from_left_to_right(first, last, 1, finish, carry)
+    def finish(first: int, last: int) -> None:
+        settle(slice(first, last), columns)
 
-    def finish(i: int, _: int) -> None:
-        torch.sub(columns[i], settle(i, columns[i] + change[i]), out=change[i])
-
-    def carry(first: int, middle: int, last: int) -> None:
-        change[middle:last].addmm_(factor[first:middle, middle:last].T, change[first:middle])
-
-    from_left_to_right(0, len(columns), unit, finish_unit, carry)
-    return (columns - change).T
+    from_left_to_right(0, len(transposed), unit, finish, columns.carry)
+    return (columns.weight - columns.change).T
 
 
 def from_left_to_right(
