@@ -57,16 +57,25 @@ class SeparateExperts(nn.ModuleList):
         """Sum over its experts of each token's outputs: [tokens, hidden]; index and weights: [tokens, top k]."""
         # Summed in float32 and rounded once, as transformers does.
         output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for number, expert in enumerate(self):
-            token, place = torch.where(top_k_index == number)
+        weights = top_k_weights.flatten()
+        for expert, places in zip(self, self._places(top_k_index), strict=True):
+            token = places // top_k_index.shape[1]
             # While it trains, an expert without tokens takes part too: its gradient is zero and not missing, as in
             # the fused form, and processes that add up their gradients wait for one of every parameter.
             if len(token) == 0 and not self.training:
                 continue
             inner = self.act(self._inner(expert, hidden_states[token]))
-            weighted = expert["down_proj"](inner) * top_k_weights[token, place, None]
+            weighted = expert["down_proj"](inner) * weights[places, None]
             output.index_add_(0, token, weighted.float())
         return output.to(hidden_states.dtype)
+
+    def _places(self, top_k_index: Tensor) -> tuple[Tensor, ...]:
+        """Of each expert, where in all of `top_k_index` it is named. Asking expert by expert, the host would wait for
+        each."""
+        named, order = top_k_index.flatten().sort(stable=True)
+        ends = torch.searchsorted(named, torch.arange(len(self), device=named.device), right=True)
+        first, *others = ends.tolist()
+        return order.tensor_split([first, *others])[: len(self)]
 
     def _inner(self, expert: nn.ModuleDict, seen: Tensor) -> Tensor:
         """What the activation is given, in the order in which the family's own function expects gate and up."""

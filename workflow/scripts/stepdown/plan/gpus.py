@@ -24,8 +24,8 @@ def claim_gpus(count: int = 1) -> None:
     To be called before CUDA looks for devices. Without NVIDIA's driver nothing is known of GPUs, and nothing changes.
     Raises UserError if there are fewer than `count`.
     """
-    devices = visible_gpus()
-    if not devices or _held:
+    # NVIDIA's tool takes a second where its driver is not kept awake: it is asked once.
+    if _held or not (devices := visible_gpus()):
         return
     if count > len(devices):
         raise UserError(f"{count} GPUs asked for, {len(devices)} there: ask for fewer, or set device: cpu")

@@ -121,7 +121,7 @@ def pruned(
     weight = returned.to(weight) + 0.0
     if not _is_finite(weight):
         raise UserError(f"{where}: returned NaN or infinity")
-    if fault := pattern.fault(weight.cpu()):
+    if fault := pattern.fault(weight):
         raise UserError(f"{where}: the pattern does not hold: {fault}; zero what pattern.keep drops")
     return weight
 

@@ -58,7 +58,7 @@ def reconstruct_layers(
             dense_layer.replay()
         trained = {name: parameter for name, parameter in _parameters(layer).items() if uses[name] == 1}
         free = {
-            name: keep(name.removesuffix(".weight"), matrix.detach().cpu()).to(matrix.device)
+            name: keep(name.removesuffix(".weight"), matrix.detach())
             for name, matrix in trained.items()
             if matrix.dim() == 2
         }

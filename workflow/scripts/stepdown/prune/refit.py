@@ -56,7 +56,7 @@ def refit_layers(
                     earlier[name] = hessian, cross
                     continue
                 weight = layer.linears[name].weight
-                free = keep(name, weight.cpu()).to(weight.device)
+                free = keep(name, weight)
                 target = dense_layer.linears[name].weight.float() @ cross
                 if name == names[-1]:
                     del moments, cross

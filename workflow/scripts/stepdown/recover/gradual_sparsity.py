@@ -103,7 +103,7 @@ def prune_checkpoint(
 
     losses = prune_while_training(model, windows, names, keep_of, settings)
     for name, pattern in patterns.items():
-        if fault := pattern.fault(weights[name].cpu()):
+        if fault := pattern.fault(weights[name]):
             raise UserError(f"{names[name]}: the pattern does not hold: {fault}; train for more steps than --updates")
     identity = decoder.checkpoint.identity() | {"iteration": "1"}
     trained = {decoder.stored[name]: tensor for name, tensor in model.state_dict().items() if name in decoder.stored}

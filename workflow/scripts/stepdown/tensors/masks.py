@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 
 # Rows are worked through in strips of about this many entries, which stay in the cache.
 STRIP_ENTRIES = 1 << 20
+# With fewer rows than that, a GPU sorts them sooner than it selects from each.
+FEW_ROWS = 64
 # Groups up to this size are ordered by comparing all pairs.
 PAIRWISE = 16
 
@@ -118,7 +120,9 @@ def count_zeros(weight: Tensor) -> int:
 def kth_smallest(metric: Tensor, k: int) -> Tensor:
     """The `k`-th smallest entry of each row, counted from 1: float32 [rows, in] -> [rows, 1]."""
     if metric.device.type != "cpu":
-        return metric.kthvalue(k, dim=-1, keepdim=True).values
+        # Of a few long rows torch would have a GPU's one thread block find each.
+        rows_are_few = len(metric) < FEW_ROWS
+        return metric.sort(-1).values[:, k - 1 : k] if rows_are_few else metric.kthvalue(k, keepdim=True).values
     # numpy selects with vector instructions: three times as fast as torch.kthvalue, ten times as fast as a sort.
     return torch.from_numpy(np.partition(metric.numpy(), k - 1, axis=-1)[:, k - 1 : k].copy())
 
@@ -136,7 +140,8 @@ def _drop_smallest_(metric: Tensor, keep: Tensor, count: int) -> None:
 
 
 def _strips(metric: Tensor, keep: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """A metric and its mask [..., in] cut into strips [rows, in]; what is made of a strip stays in the cache."""
+    """A metric and its mask [..., in] cut into strips [rows, in]: what is made of one stays in a CPU's cache, where
+    a GPU would only be kept waiting."""
     metric, keep = (whole.reshape(-1, whole.shape[-1]) for whole in (metric, keep))
-    rows = max(1, STRIP_ENTRIES // metric.shape[-1])
+    rows = max(1, len(metric) if metric.is_cuda else STRIP_ENTRIES // metric.shape[-1])
     return metric.split(rows), keep.split(rows)
