@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 from ..cli import progress
 from ..errors import UserError
 from .decoder import Decoder, load_module, load_zeros, loaded_around_layers, loaded_before_layers, unload
+from .host_states import HostStates
 
 
 class LayerWalk:
@@ -31,13 +32,15 @@ class LayerWalk:
         self.states: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict]]] = []
         self._carried: list[dict[_Carried, Any]] = [{} for _ in batches]
+        self._host_states = HostStates(decoder.device, decoder.states_device)
         if decoder.returned is None:
             decoder.returned = _returned_by_layers(decoder, batches[0][:1])
         with loaded_before_layers(decoder, batches):
             for batch in batches:
                 state, calls = _record_calls(decoder, batch)
-                self.states.append(state.to(decoder.states_device))
+                self.states.append(self._host_states.put(state))
                 self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
+        self._host_states.finish()
         # What later layers are called with, and what the model may go on from.
         self._wanted = {leaf for leaf in tree_leaves(self._calls) if isinstance(leaf, _Carried)}
         last = len(decoder.layers) - 1
@@ -134,12 +137,15 @@ class LayerWalk:
 
     @torch.no_grad()
     def _replay(self, place: int, advance: bool = True, batch: int | None = None) -> None:
-        for number in range(len(self.batches)) if batch is None else [batch]:
-            output, *more = self._call(place, number, self.states[number])
+        numbers = range(len(self.batches)) if batch is None else [batch]
+        states = self._host_states.fetch(self.states[number] for number in numbers)
+        for number, state in zip(numbers, states, strict=True):
+            output, *more = self._call(place, number, state)
             if advance:
-                self.states[number] = output.to(self.decoder.states_device)
+                self.states[number] = self._host_states.put(output)
                 carried = {_Carried(place, position): leaf for position, leaf in enumerate(more, 1)}
                 self._carried[number] |= {key: carried[key] for key in carried.keys() & self._wanted}
+        self._host_states.finish()
 
 
 @contextmanager
