@@ -4,6 +4,8 @@ Up to `FEW` rows of x take little longer than W does to be read: they are multip
 without tensor cores. For more, W is unpacked for as long as cuBLAS takes.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,7 @@ class TritonMultiply:
         pairs = _bits(matrix.dense, torch.int32), _bits(matrix.two_four, torch.int32), matrix.positions
         self._unpacking = (*pairs, _bits(matrix.top_k, torch.int16), matrix.top_k_positions, *layout)
         self._padding = matrix.tiers.shape[1] * BLOCK_SIZE - matrix.shape[1]
+        self._compiled: dict[int, Callable[..., None]] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -43,15 +46,23 @@ class TritonMultiply:
         return self._few_rows(x) if len(x) else x.new_empty(0, self._matrix.shape[0])
 
     def _few_rows(self, x: Tensor) -> Tensor:
-        # Four at a time are read.
-        x = x.clone() if x.data_ptr() % 8 else x
+        # Four at a time are read, and kernels are compiled for an address that is a multiple of 16 bytes.
+        x = x.clone() if x.data_ptr() % 16 else x
         rows, strips = x.shape[0], self._matrix.tiers.shape[0]
-        y = x.new_empty(rows, self._matrix.shape[0], dtype=RESULT)
-        bias, warps = y if self._bias is None else self._bias, _warps(strips, rows)
-        _few_rows[(strips,)](
-            x.view(torch.int16), x.view(torch.int32), x.view(torch.int64), y, *self._parts, bias, *self._sizes,
-            has_bias=self._bias is not None, ROWS=rows, LINES=16 * warps, num_warps=warps,
-        )  # fmt: skip
+        y = x.new_empty(rows, self._sizes[0], dtype=RESULT)
+        warps = _warps(strips, rows)
+        held = (*self._parts, y if self._bias is None else self._bias)
+        numbers = (*self._sizes, self._bias is not None, rows, 16 * warps)
+        if launch := self._compiled.get(rows):
+            place = x.data_ptr()
+            launch(place, place, place, y.data_ptr(), *(part.data_ptr() for part in held), *numbers)
+        else:
+            as_numbers = (x.view(dtype) for dtype in (torch.int16, torch.int32, torch.int64))
+            kernel = _few_rows[(strips,)](*as_numbers, y, *held, *numbers, num_warps=warps)
+            # The interpreter has none. Launched as what it is, a kernel takes the host a tenth of the time that Triton
+            # takes to find out from its arguments which it is.
+            if kernel is not None:
+                self._compiled[rows] = kernel[(strips, 1, 1)]
         return y.to(x.dtype)
 
     def _unpacked(self) -> Tensor:
