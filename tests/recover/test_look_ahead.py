@@ -31,10 +31,10 @@ def test_what_goes_is_what_the_next_shares_drop(tmp_path):
     tier_map = dense_tier_map(shapes, 8, 3, checkpoint.identity()["base_model"])
     calibration = Calibration({name: torch.rand(columns) for name, (_, columns) in shapes.items()}, {})
     how = (calibration, "wanda", torch.device("cpu"))
-    going = weights_to_go(checkpoint, tier_map, ("0.5", "0.5", "0"), *how)
+    going = dict(weights_to_go(checkpoint, tier_map, ("0.5", "0.5", "0"), *how))
     blocks = tier_counts(("0.5", "0.5", "0"), len(flatten_maps(tier_map.tiers)))[Tier.TWO_FOUR]
     assert sum(int(mask.sum()) for mask in going.values()) == blocks * 32
-    mixed = weights_to_go(checkpoint, tier_map, ("0.5", "0.25", "0.25"), *how)
+    mixed = dict(weights_to_go(checkpoint, tier_map, ("0.5", "0.25", "0.25"), *how))
     assert all((mixed[name] | ~going[name]).all() for name in names)
     assert sum(int(mask.sum()) for mask in mixed.values()) > blocks * 32
 

@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import check_length, weight_files, write_json
 from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
-from stepdown.models.decoder import choose_device
+from stepdown.models.decoder import choose_device, open_decoder
 from stepdown.models.linears import as_linears_
-from stepdown.models.step_masks import StepMasks, read_step_masks
+from stepdown.models.step_masks import StoredMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
 from stepdown.models.tier_maps import read_tier_map
 from stepdown.plan.training_memory import check_memory, read_model_size
@@ -26,6 +27,7 @@ from stepdown.text import parse_text, training_windows
 
 # Imported where a model is trained: zero epochs do not wait for them.
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from stepdown.recover.recovery import Recovery
@@ -77,9 +79,8 @@ def _finetune(
     device: str,
 ) -> None:
     """Train the model of the command line, in this process and those beside it, and write what came of it."""
-    from stepdown.models.loading import load_model
-    from stepdown.recover.distillation import load_teacher
     from stepdown.recover.recovery import recover
+    from stepdown.recover.sharding import own_rows, save_whole
 
     _quiet_libraries()
     if device == "cuda" and (size := read_model_size(arguments.model)):
@@ -87,33 +88,30 @@ def _finetune(
         check_memory(size, settings.plan(arguments.sequence_length), found)
     checkpoint = Checkpoint(arguments.model)
     step = read_step_masks(arguments.masks, checkpoint)
-    model = load_model(arguments.model, settings.weights_dtype, arguments.trust_remote_code)
-    as_linears_(model)
+    model, teacher, read = (_load_sharded if settings.sharded else _load)(arguments, settings)
     stored = _stored_names(model, checkpoint)
-    masks = _keep_masks(model, step, stored)
-    teacher = None
-    if settings.distill_weight > 0:
-        teacher = load_teacher(arguments.teacher, arguments.trust_remote_code)
+    rows = own_rows if settings.sharded else _all_rows
     recovery = recover(
         model,
-        masks,
+        StoredMasks(step, checkpoint, _own_names(stored), _all_rows if settings.method == "lora" else rows),
         windows,
         evaluation_windows,
         settings,
         state,
         device,
         teacher,
-        _read_moments(arguments.optimizer),
+        _read_moments(arguments.optimizer, rows),
         tensorboard=arguments.tensorboard,
         adapter=arguments.output_adapter,
         keep_moments=arguments.output_optimizer is not None,
         blocks=_blocks(arguments, stored) if settings.regrow_every else None,
-        fading=_fading(arguments, checkpoint, stored, device) if settings.look_ahead else None,
+        fading=_fading(arguments, checkpoint, stored, device, rows) if settings.look_ahead else None,
+        read=read,
     )
+    if arguments.output_optimizer:
+        save_whole(recovery.moments, arguments.output_optimizer, step.identity)
+    _save(recovery, step.identity, stored, checkpoint, arguments.output_model)
     if is_first():
-        if arguments.output_optimizer:
-            save_tensors(recovery.moments, arguments.output_optimizer, step.identity)
-        _save(recovery, step.identity, stored, arguments.model, arguments.output_model)
         _write_log(
             arguments,
             epochs=arguments.epochs,
@@ -122,6 +120,38 @@ def _finetune(
             best_step=recovery.best_step,
             log=recovery.log,
         )
+
+
+def _load(
+    arguments: argparse.Namespace, settings: RecoverySettings
+) -> "tuple[PreTrainedModel, nn.Module | None, None]":
+    """The model, and its teacher if it has one."""
+    from stepdown.models.loading import load_model
+    from stepdown.recover.distillation import load_teacher
+
+    model = load_model(arguments.model, settings.weights_dtype, arguments.trust_remote_code)
+    as_linears_(model)
+    distilled = settings.distill_weight > 0
+    return model, load_teacher(arguments.teacher, arguments.trust_remote_code) if distilled else None, None
+
+
+def _load_sharded(
+    arguments: argparse.Namespace, settings: RecoverySettings
+) -> "tuple[PreTrainedModel, nn.Module | None, Callable[[nn.Module], None]]":
+    """The same without weights, and what reads of these what this process is to have."""
+    from stepdown.recover.distillation import TEACHER_TYPE
+    from stepdown.recover.sharding import reader
+
+    decoders = [open_decoder(arguments.model, "cpu", arguments.trust_remote_code, dtype=settings.weights_dtype)]
+    if settings.distill_weight > 0:
+        decoders.append(open_decoder(arguments.teacher, "cpu", arguments.trust_remote_code, dtype=TEACHER_TYPE))
+        decoders[1].model.requires_grad_(False)
+    model, *teachers = (decoder.model for decoder in decoders)
+    return model, next(iter(teachers), None), reader(*decoders)
+
+
+def _all_rows(count: int) -> slice:
+    return slice(0, count)
 
 
 def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, Tensor]:
@@ -143,17 +173,9 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
 
 
-def _read_moments(path: Path | None) -> dict[str, Tensor]:
-    """What the optimizer of the step before remembers; nothing before the first."""
-    return load_tensors(path)[0] if path else {}
-
-
-def _keep_masks(model: "PreTrainedModel", step: StepMasks, stored: dict[str, str]) -> dict[str, Tensor]:
-    """Masks by the model's own names of its linears; the step has those of the checkpoint."""
-    own, masks = _own_names(stored), {}
-    for name in step.matrices:
-        masks[own[name]] = step.keep(name, model.get_submodule(own[name]).weight.detach())
-    return masks
+def _read_moments(path: Path | None, rows: Callable[[int], slice] = _all_rows) -> dict[str, Tensor]:
+    """What the optimizer of the step before remembers, those rows of it; nothing before the first."""
+    return load_tensors(path, rows)[0] if path else {}
 
 
 def _check_tiers_are_known(arguments: argparse.Namespace) -> None:
@@ -184,9 +206,13 @@ def _blocks(arguments: argparse.Namespace, stored: dict[str, str]) -> "dict[str,
 
 
 def _fading(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, stored: dict[str, str], device: str
+    arguments: argparse.Namespace,
+    checkpoint: Checkpoint,
+    stored: dict[str, str],
+    device: str,
+    rows: Callable[[int], slice],
 ) -> dict[str, Tensor]:
-    """What the next iteration would drop, by the model's own names."""
+    """What the next iteration would drop, those rows of it, by the model's own names."""
     from stepdown.prune.calibration import read_calibration
     from stepdown.recover.look_ahead import weights_to_go
 
@@ -194,7 +220,8 @@ def _fading(
     calibration = read_calibration(arguments.calibration, tier_map, tier_map.cost == "fisher")
     how = (tuple(arguments.next_shares), calibration, arguments.selection, torch.device(device))
     own = _own_names(stored)
-    return {own[name]: going for name, going in weights_to_go(checkpoint, tier_map, *how).items()}
+    going = weights_to_go(checkpoint, tier_map, *how)
+    return {own[name]: weights[rows(len(weights))].clone() for name, weights in going}
 
 
 def _own_names(stored: dict[str, str]) -> dict[str, str]:
@@ -202,23 +229,31 @@ def _own_names(stored: dict[str, str]) -> dict[str, str]:
     return {name.removesuffix(".weight"): own.removesuffix(".weight") for own, name in stored.items()}
 
 
-def _save(recovery: "Recovery", identity: dict[str, str], stored: dict[str, str], pruned: Path, target: Path) -> None:
-    """Write the finetuned checkpoint with the names and types of the pruned one, or pass that on if it was better."""
+def _save(
+    recovery: "Recovery", identity: dict[str, str], stored: dict[str, str], pruned: Checkpoint, target: Path
+) -> None:
+    """Write the finetuned checkpoint with the names and types of the pruned one, or pass that on if it was better.
+
+    The first process writes; all gather what it writes, a layer at a time.
+    """
+    from stepdown.recover.sharding import gather
+
     losses = recovery.evaluations
     if recovery.best_step == 0:
-        cli.log.warning(
-            "no evaluation after the first step was below the %.4f before it: nothing is changed", losses[0]
-        )
-        pass_on_checkpoint(pruned, target)
+        if is_first():
+            cli.log.warning(
+                "no evaluation after the first step was below the %.4f before it: nothing is changed", losses[0]
+            )
+            pass_on_checkpoint(pruned.folder, target)
         return
-    cli.log.info("eval loss %.4f -> %.4f at step %d", losses[0], losses[recovery.best_step], recovery.best_step)
+    # What the model does not hold, such as a buffer of an older release, stays as it was.
     weights = {stored[name]: tensor for name, tensor in recovery.model.state_dict().items() if name in stored}
-
-    def finetune(tensors: dict[str, Tensor]) -> None:
-        # What the model does not hold, such as a buffer of an older release, stays as it was.
-        tensors.update({name: weights[name].cpu() for name in tensors if name in weights})
-
-    rewrite_checkpoint(pruned, target, finetune, identity)
+    if is_first():
+        cli.log.info("eval loss %.4f -> %.4f at step %d", losses[0], losses[recovery.best_step], recovery.best_step)
+        rewrite_checkpoint(pruned, target, lambda tensors: tensors.update(gather(weights, tensors)), identity)
+    else:
+        for names in pruned.shards().values():
+            gather(weights, names)
 
 
 def _stored_names(model: "PreTrainedModel", checkpoint: Checkpoint) -> dict[str, str]:

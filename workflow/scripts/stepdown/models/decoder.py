@@ -93,15 +93,20 @@ class Decoder:
 
 
 def open_decoder(
-    folder: Path | str, device: str = "auto", trust_remote_code: bool = False, hidden_states: str = "device"
+    folder: Path | str,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    hidden_states: str = "device",
+    dtype: torch.dtype | None = None,
 ) -> Decoder:
     """Build the model of a checkpoint folder without reading its weights.
 
-    hidden_states: `device`, or `cpu` where a device has room for one layer but not for the states of all sequences.
+    hidden_states: `device`, or `cpu` where a device has room for one layer but not for the states of all sequences;
+    dtype: what it computes in, by default what its config says.
     Raises `UserError` when the folder is no causal language model, or its decoder layers hold no linears.
     """
     checkpoint = open_checkpoint(folder)
-    model = build_empty(folder, trust_remote_code).eval()
+    model = build_empty(folder, trust_remote_code, dtype).eval()
     transposed = as_linears_(model)
     layers_name = find_layers(model)
     if width := read_width(folder):
@@ -176,8 +181,11 @@ def load_whole(folder: Path | str, device: str = "auto", trust_remote_code: bool
     return decoder.model
 
 
-def build_empty(folder: Path | str, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of a folder's config.json with parameters on the meta device and real buffers."""
+def build_empty(folder: Path | str, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """The causal language model of a folder's config.json with parameters on the meta device and real buffers.
+
+    dtype: see `open_decoder`.
+    """
     # Imported here: what only reads checkpoints should not wait seconds for it.
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -186,8 +194,9 @@ def build_empty(folder: Path | str, trust_remote_code: bool = False) -> nn.Modul
     from .loading import build_model
 
     def build(config: PretrainedConfig) -> nn.Module:
+        options = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, **options)
 
     return build_model(folder, build, trust_remote_code)
 

@@ -114,10 +114,10 @@ def _layer(model: ModelSize, plan: TrainingPlan, tokens: int) -> float:
 def _loss_or_layer(model: ModelSize, plan: TrainingPlan, tokens: int) -> float:
     """What is held while the loss is computed, or a layer once more: the larger; never at once.
 
-    Autocast keeps its copies of weights until the loss is there.
+    Autocast keeps its copies of weights until the loss is there, of a model in shards those of a layer alone.
     """
     vocabulary = tokens * model.vocabulary
-    cast = 0 if plan.method == "lora" else model.matrices
+    cast = 0 if plan.method == "lora" else model.matrices / (model.layers if plan.sharded else 1)
     forward = CAST[plan.memory] * (cast + model.vocabulary * model.hidden + 3 * vocabulary)
     logits = LOGITS[plan.memory] * vocabulary
     again = _layer(model, plan, tokens) if plan.gradient_checkpointing else 0

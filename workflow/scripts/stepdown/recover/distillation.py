@@ -42,12 +42,16 @@ class Distillation:
         return loss
 
 
+# Half a float32 model's memory.
+TEACHER_TYPE = torch.bfloat16
+
+
 def load_teacher(folder: Path, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a folder to learn from: in bfloat16, half a float32 model's memory, and without gradients.
+    """The model of a folder to learn from, without gradients.
 
     It is on the CPU: only the process that trains knows which GPU is its own.
     """
-    teacher = load_model(folder, torch.bfloat16, trust_remote_code)
+    teacher = load_model(folder, TEACHER_TYPE, trust_remote_code)
     return teacher.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """Looking ahead: what the next iteration will drop fades while this one trains, so that its step down is no shock."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,8 +20,8 @@ def weights_to_go(
     calibration: Calibration,
     selection: str,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """What a step down to `shares` would take of a checkpoint, were it taken now: bool [out, in] by name of a matrix.
+) -> Iterator[tuple[str, Tensor]]:
+    """What a step down to `shares` would take of a checkpoint, were it taken now: each matrix's name, bool [out, in].
 
     tier_map, calibration: of the checkpoint, or of the model it was pruned from; one matrix is in memory at a time.
     """
@@ -31,13 +32,11 @@ def weights_to_go(
     ahead = replace(tier_map, shares=shares)
     stage_1 = ahead.with_tiers(first_stage(tier_map, scores, shares, tier_map.shared_over))
     stage_2 = ahead.with_tiers(second_stage(checkpoint, tier_map, stage_1, calibration, selection, device))
-    going = {}
     for name in tier_map.tiers:
         weight = checkpoint.matrix(name).to(device)
         there = weight != 0
         prune_stepped_(weight, name, (tier_map, stage_1, stage_2), calibration, selection)
-        going[name] = (there & (weight == 0)).cpu()
-    return going
+        yield name, (there & (weight == 0)).cpu()
 
 
 def left_after(step: int, steps: int, decay: float) -> float:

@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021) under a mask: it is masked while it trains, so that what is merged is what was trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import peft
@@ -15,7 +16,9 @@ from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import save_tensors
 from ..tensors.masks import as_bits, from_bits
+from .processes import is_first
 from .settings import ALL_LINEAR
+from .sharding import local, own_parameters, own_rows, whole
 
 
 class MaskedLoraLinear(lora.Linear):
@@ -67,12 +70,38 @@ def add_masked_adapter(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=peft.TaskType.CAUSAL_LM
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    adapted = peft.get_peft_model(model, config)
+    with _weights_somewhere([model.get_submodule(name) for name in targets]):
+        adapted = peft.get_peft_model(model, config)
     for name in targets:
-        if not keep_masks[name].all():
+        keep = keep_masks[name]
+        if not keep.all():
             # get_peft_model has put the adapters into the model it was given.
-            model.get_submodule(name).keep = as_bits(keep_masks[name]) if low_memory else keep_masks[name]
+            model.get_submodule(name).keep = as_bits(keep) if low_memory else keep
     return adapted
+
+
+@contextmanager
+def _weights_somewhere(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """While open, weights that are still to be read are on the CPU and empty: peft puts adapters where weights are."""
+    unread = {linear: linear.weight for linear in linears if linear.weight.is_meta}
+    for linear, weight in unread.items():
+        linear.weight = nn.Parameter(weight.new_empty(0, device="cpu"))
+    yield
+    for linear, weight in unread.items():
+        linear.weight = weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def merge(model: peft.PeftModel) -> PreTrainedModel:
+    """The model with its adapter merged; of one in shards each process merges the rows that it has."""
+    for linear in [module for module in model.modules() if isinstance(module, MaskedLoraLinear)]:
+        for factor in (*linear.lora_A.values(), *linear.lora_B.values()):
+            factor.weight = nn.Parameter(whole(factor.weight.detach()), requires_grad=False)
+        (adapter,) = linear.active_adapters
+        delta = linear.get_delta_weight(adapter)
+        held = local(linear.weight.detach())
+        held.add_(delta if held.shape == delta.shape else delta[own_rows(len(delta))])
+    return model.unload()
 
 
 def _without_refused(model: PreTrainedModel, targets: list[str]) -> list[str]:
@@ -93,14 +122,22 @@ def _without_refused(model: PreTrainedModel, targets: list[str]) -> list[str]:
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """Write the adapter as peft reads it. It counts only under the mask: where the model it belongs to is not zero."""
+    """Write the adapter as peft reads it. It counts only under the mask: where the model it belongs to is not zero.
+
+    Of a model in shards, all processes must call it.
+    """
+    adapters = {name: whole(weight.detach()) for name, weight in own_parameters(model) if weight.requires_grad}
+    if not is_first():
+        return
     config = model.peft_config["default"]
     config.base_model_name_or_path = None  # Where it lay while it was trained is nobody's business.
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    save_tensors(peft.get_peft_model_state_dict(model), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(
+        peft.get_peft_model_state_dict(model, adapters), folder / "adapter_model.safetensors", {"format": "pt"}
+    )
 
 
 def match_targets(linears: Sequence[str], targets: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
+from ..memory import map_large_tensors
 
 
 def check_processes(count: int, device: str) -> None:
@@ -46,6 +47,7 @@ def _work(rank: int, count: int, port: int, threads: int, errors: Any, function:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(threads)
+    map_large_tensors()
     try:
         function(*arguments)
     except (UserError, OSError) as error:

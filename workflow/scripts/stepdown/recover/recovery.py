@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import TrainerState
 
 from ..errors import UserError
-from .lora import add_masked_adapter, save_adapter
+from .lora import add_masked_adapter, merge, save_adapter
 from .losses import use_chunked_cross_entropy_
 from .processes import is_first
 from .regrowth import Blocks, RegrowingTrainer, check_tiers
 from .settings import RecoverySettings, optimizer_of, training_arguments
-from .sharding import shard_, unshard_
+from .sharding import local, own_rows, shard_
 from .trainer import MaskedTrainer, ShardedTrainer, Windows, moments_of
 from .training_callbacks import EarlyStop, TensorBoard
 from .training_state import last_checkpoint
@@ -33,7 +33,8 @@ class Recovery:
 
     log: rows {"step", "epoch", "loss", "learning_rate"} of every step and {"step", "epoch", "eval_loss"} of every
     evaluation, the one before the first step included; tokens: trained on, all epochs together; moments: of the
-    optimizer after the last step, see `moments_of`, if they were asked for.
+    optimizer after the last step, see `moments_of`, if they were asked for. Model and moments are still in shards where
+    it trained so.
     """
 
     model: PreTrainedModel
@@ -72,6 +73,7 @@ def recover(
     keep_moments: bool = False,
     blocks: Mapping[str, Blocks] | None = None,
     fading: Mapping[str, Tensor] | None = None,
+    read: Callable[[nn.Module], None] | None = None,
 ) -> Recovery:
     """Finetune a model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
 
@@ -80,8 +82,10 @@ def recover(
     `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
     tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way; keep_moments:
     whether the optimizer is wanted too; blocks: of every masked linear, where `regrow_every` is above 0; fading: what
-    `look_ahead` lets fade, bool [out, in]. Raises UserError when there is no text, when LoRA targets match nothing, and
-    when the loss is not finite.
+    `look_ahead` lets fade, bool [out, in]; read: what gives a part of model and teacher its weights, where they are in
+    shards and on the meta device until then (`sharding.reader`); there the mappings have of every tensor this process's
+    rows, but for LoRA's masks. Raises UserError when there is no text, when LoRA targets match nothing, and when the
+    loss is not finite.
     """
     _check_texts(training=windows, evaluation=evaluation_windows)
     transformers.set_seed(settings.seed)
@@ -90,7 +94,7 @@ def recover(
         shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
         model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
-    _place(model, teacher, settings.sharded, training.device)
+    _place(model, teacher, settings.sharded, training.device, read)
     trainer = _trainer_class(settings, blocks)(
         # An adapter's own mask does all there is to do.
         keep_masks={} if settings.method == "lora" else keep_masks,
@@ -122,11 +126,17 @@ def _check_texts(**windows: Tensor) -> None:
             )
 
 
-def _place(model: nn.Module, teacher: nn.Module | None, sharded: bool, device: torch.device) -> None:
+def _place(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    sharded: bool,
+    device: torch.device,
+    read: Callable[[nn.Module], None] | None,
+) -> None:
     """Put what the Trainer does not put where it is needed."""
     if sharded:
         for each in filter(None, (model, teacher)):
-            shard_(each, device.type)
+            shard_(each, device.type, read)
     elif teacher is not None:
         teacher.to(device)
 
@@ -138,18 +148,15 @@ def _finished(
     settings: RecoverySettings,
     adapter: Path | None,
 ) -> PreTrainedModel:
-    """What was trained as a model like the one before, in the first process: whole, and its adapter merged."""
-    if settings.sharded:
-        unshard_(model)
-    if is_first():
-        if settings.method == "lora":
-            if adapter:
-                save_adapter(model, adapter)
-            model = model.merge_and_unload()
-        if settings.regrow_every:
-            check_tiers(model, blocks)
-        else:
-            check_pruned_are_zero(model, keep_masks)
+    """What was trained as a model like the one before: its adapter merged, its zeros checked."""
+    if settings.method == "lora":
+        if adapter:
+            save_adapter(model, adapter)
+        model = merge(model)
+    if settings.regrow_every:
+        check_tiers(model, blocks)
+    else:
+        check_pruned_are_zero(model, keep_masks)
     return model
 
 
@@ -164,8 +171,11 @@ def _trainer_class(settings: RecoverySettings, blocks: Mapping[str, Blocks] | No
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:
     """Raises RuntimeError, since it would be a fault of this module, if a pruned weight is not zero."""
     for name, keep in keep_masks.items():
-        weight = model.get_submodule(name).weight
-        revived = int(weight.detach()[~keep.to(weight.device)].count_nonzero())
+        weight = model.get_submodule(name).weight.detach()
+        held = local(weight)
+        if keep.shape != held.shape:
+            keep = keep[own_rows(len(keep))]
+        revived = int(held[~keep.to(held.device)].count_nonzero())
         if revived:
             raise RuntimeError(f"{name}: finetuning revived {revived} pruned weights")
 

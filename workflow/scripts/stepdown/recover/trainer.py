@@ -2,10 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -16,8 +17,7 @@ from ..models.checkpoint import load_tensors, save_tensors
 from ..tensors.masks import as_bits, from_bits
 from .distillation import Distillation
 from .look_ahead import left_after
-from .processes import is_first
-from .sharding import load_optimizer, load_weights, local, save_optimizer, save_weights, sharded_like, whole
+from .sharding import beside, load_optimizer, load_weights, local, own_parameters, save_optimizer, save_weights
 from .training_callbacks import Bar, FiniteLoss
 
 # What AdamW keeps of a parameter.
@@ -55,7 +55,8 @@ class MaskedTrainer(Trainer):
         **arguments,
     ) -> None:
         """Of arguments, those of a Trainer; low_memory: hold a bit of a mask for each weight, and not a byte; fading:
-        which weights fade, bool [out, in] by name of a linear, until exp(-look_ahead) is left of them."""
+        which weights fade, bool [out, in] by name of a linear, until exp(-look_ahead) is left of them. Masks, moments
+        and fading of a model in shards: of each the rows that this process has."""
         super().__init__(**arguments)
         self._moments = moments or {}
         self._distillation = distillation
@@ -63,8 +64,8 @@ class MaskedTrainer(Trainer):
             # Its loss is a mean over the tokens of a batch, and windows are equally long.
             self.loss_is_scaled_for_ga = False
         self._bits = low_memory
-        self._masked = self._beside_weights({name: keep for name, keep in keep_masks.items() if not keep.all()})
-        self._fading, self._look_ahead = self._beside_weights(fading or {}), look_ahead
+        self._masked = self._beside_weights((name, keep) for name, keep in keep_masks.items() if not keep.all())
+        self._fading, self._look_ahead = self._beside_weights((fading or {}).items()), look_ahead
         self.remove_callback(PrinterCallback)
         self.add_callback(FiniteLoss())
         if sys.stderr.isatty():
@@ -97,7 +98,7 @@ class MaskedTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
             if state:
-                optimizer.state[parameter] = {key: sharded_like(value, parameter) for key, value in state.items()}
+                optimizer.state[parameter] = {key: beside(value, parameter) for key, value in state.items()}
         return optimizer
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -124,15 +125,15 @@ class MaskedTrainer(Trainer):
         """The optimizer as a checkpoint has it."""
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu"))
 
-    def _beside_weights(self, masks: Mapping[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    def _beside_weights(self, masks: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[nn.Parameter, Tensor]]:
         """Per linear its weight, and its mask where the weight is: as bytes, by which multiplying is four times as fast
         on a CPU as by the same bytes called bool; or in little memory as bits."""
-        beside = {}
-        for name, keep in masks.items():
+        masked = {}
+        for name, keep in masks:
             weight = self.model.get_submodule(name).weight
-            mask = sharded_like(keep.view(torch.uint8), weight)
-            beside[name] = weight, as_bits(local(mask)) if self._bits else mask
-        return beside
+            mask = keep.view(torch.uint8).to(weight.device)
+            masked[name] = weight, as_bits(mask) if self._bits else mask
+        return masked
 
     def _mask_gradients(self) -> None:
         for weight, keep in self._masked.values():
@@ -148,13 +149,13 @@ class MaskedTrainer(Trainer):
     def _fade_weights(self, *_) -> None:
         lost = 1 - left_after(self.step_number, self.state.max_steps, self._look_ahead)
         for weight, fading in self._fading.values():
-            weight.sub_(weight * fading, alpha=lost)
+            local(weight).sub_(local(weight) * fading, alpha=lost)
 
 
 def mask_(tensor: Tensor, mask: Tensor) -> None:
-    """Zero what a mask drops of a tensor: bytes as the tensor lies, or the bits of what this process has of it."""
+    """Zero what a mask, in bytes or bits, drops of what this process has of a tensor."""
     held = local(tensor)
-    held.mul_(from_bits(local(mask), held.shape))
+    held.mul_(from_bits(mask, held.shape))
 
 
 class ShardedTrainer(MaskedTrainer):
@@ -164,10 +165,12 @@ class ShardedTrainer(MaskedTrainer):
         super().__init__(*arguments, **keywords)
         # What it calls a model that is in its place and adds up its own gradients.
         self.is_distributed_loading_by_transformers = True
+        # Copies of whole weights that are kept would be the whole model in each process.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
     def load_optimizer(self, checkpoint: Path) -> None:
         # Accelerate wraps it once training has begun.
-        load_optimizer(self.model, getattr(self.optimizer, "optimizer", self.optimizer), checkpoint)
+        load_optimizer(getattr(self.optimizer, "optimizer", self.optimizer), checkpoint)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager:
         """Gradients are added up after every batch of an accumulation: whole ones would not fit beside each other."""
@@ -180,7 +183,7 @@ class ShardedTrainer(MaskedTrainer):
         load_weights(self.model, Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir))
+        save_optimizer(self.optimizer.optimizer, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -192,15 +195,11 @@ class ShardedTrainer(MaskedTrainer):
 
 
 def moments_of(trainer: Trainer) -> dict[str, Tensor]:
-    """What AdamW remembers of each parameter, by "name key": its two moments and the number of steps.
-
-    On the CPU of the first process; the others, which all must call it of a model in shards, get nothing.
-    """
+    """What AdamW remembers of each parameter, by "name key": its two moments and the number of steps; of a model in
+    shards in shards."""
     state = trainer.optimizer.state
-    moments = {}
-    for name, parameter in trainer.model.named_parameters():
-        for key in MOMENTS if parameter in state else ():
-            value = whole(state[parameter][key])
-            if is_first():
-                moments[f"{name} {key}"] = value.cpu()
-    return moments
+    return {
+        f"{name} {key}": state[parameter][key]
+        for name, parameter in own_parameters(trainer.model)
+        for key in (MOMENTS if parameter in state else ())
+    }

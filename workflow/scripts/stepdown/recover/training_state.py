@@ -106,7 +106,9 @@ def _is_complete(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, safetensors.SafetensorError):
         return False
+    # One state of the random numbers for each process, and in shards one of the optimizer.
+    optimizers, random = (list(checkpoint.glob(names)) for names in ("optimizer*.pt", "rng_state*.pth"))
+    if not shards or not random or len(optimizers) not in (1, len(random)):
+        return False
     # torch saves zip archives, whose directory is at the end.
-    # One state of the random numbers for each process.
-    pickles = ["optimizer.pt", "scheduler.pt", *(path.name for path in checkpoint.glob("rng_state*.pth"))]
-    return bool(shards) and len(pickles) > 2 and all(zipfile.is_zipfile(checkpoint / name) for name in pickles)
+    return all(zipfile.is_zipfile(path) for path in (*optimizers, *random, checkpoint / "scheduler.pt"))

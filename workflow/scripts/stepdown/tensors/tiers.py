@@ -134,9 +134,15 @@ def kept_entries(entries: Tensor, block_size: int, k: int) -> Tensor:
     return -(-k * entries // block_size**2)
 
 
-def keep_mask(weight: Tensor, tier_map: Tensor, block_size: int) -> Tensor:
-    """The mask of a checkpoint, bool [out, in]: Dense blocks are free, elsewhere what is not zero is kept."""
-    dense = expand_blocks(tier_map == Tier.DENSE, tuple(weight.shape), block_size)
+def keep_mask(weight: Tensor, tier_map: Tensor, block_size: int, first: int = 0) -> Tensor:
+    """The mask of a checkpoint, bool [out, in]: Dense blocks are free, elsewhere what is not zero is kept.
+
+    first: which row of its matrix is the first of the weight.
+    """
+    row, above = divmod(first, block_size)
+    rows, columns = weight.shape
+    dense = tier_map[row:].to(weight.device) == Tier.DENSE
+    dense = expand_blocks(dense, (above + rows, columns), block_size)[above:]
     return dense | (weight != 0)
 
 
