@@ -10,19 +10,21 @@ import gguf
 import pytest
 import torch
 from families import make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from three_tiers import prune_by_magnitude
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stepdown.errors import UserError
-from stepdown.models.decoder import load_whole
+from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.gguf import import_gguf
 from stepdown.models.gguf_export import export_gguf
 from stepdown.models.gguf_tokenizer import pre_tokenizer_of, scores_of, tokens_of
 from stepdown.plan.gguf_header import read_gguf_header
+from stepdown.prune.slicing import slice_checkpoint
 
 ROOT = Path(__file__).parents[2]
+IDENTITY = {"base_model": "0", "iteration": "1"}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 4100}
 # 4 rows without a token; of Qwen3, the head size that transformers takes where a file says another.
 FAMILIES = {
@@ -105,6 +107,33 @@ def test_same_model_same_bytes(model, tmp_path):
     assert (tmp_path / "one/model.gguf").read_bytes() == (tmp_path / "two/model.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("stored", ["another head", "only the head", "old frequencies", "no prefix"])
+def test_weights_count_as_they_are_stored(stored, tmp_path):
+    """Whatever config.json says of ties, under which name they are stored, and what more is in the files."""
+    model = make("llama_tied", tmp_path)
+    rest = load_file(model / "rest.safetensors")
+    if stored == "another head":
+        rest["lm_head.weight"] = rest["model.embed_tokens.weight"].flip(0)
+    elif stored == "only the head":
+        rest["lm_head.weight"] = rest.pop("model.embed_tokens.weight")
+    elif stored == "old frequencies":
+        rest["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    else:
+        rest = {name.removeprefix("model."): tensor for name, tensor in weights(model).items()}
+        for file in model.glob("model.layers*.safetensors"):
+            file.unlink()
+    save_file(rest, model / "rest.safetensors", {"format": "pt"})
+    index = {
+        "metadata": {},
+        "weight_map": {name: file.name for file in model.glob("*.safetensors") for name in load_file(file)},
+    }
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    export_gguf(model, tmp_path / "model.gguf", "bf16")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    assert ("lm_head.weight" in weights(tmp_path / "again")) == (stored == "another head")
+    assert torch.equal(logits(tmp_path / "again"), logits(model))
+
+
 def edit_config(model, **changes):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
@@ -136,6 +165,19 @@ def test_sentencepiece_tokens_scores_and_types(tmp_path):
     scores = scores_of(tokens, ["a b", "▁ ab"])
     # The first merge first; what is no merge comes after all of them.
     assert scores[6] > scores[7] > max(score for score, token in zip(scores, tokens, strict=True) if "ab" not in token)
+
+
+def test_a_special_token_without_a_row_is_left_out():
+    state = {"model": {"vocab": {"a": 0, "<s>": 2}}, "added_tokens": [{"id": 2, "content": "<s>", "special": True}]}
+    assert tokens_of(state, 2) == (["a", "[PAD1]"], [1, 5])
+
+
+def test_a_tokenizer_to_which_a_letter_is_nothing(model, tmp_path):
+    tokenizer = Tokenizer(models.BPE({"b": 0, "c": 1, "bc": 2}, [("b", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+    export_gguf(model, tmp_path / "model.gguf", "bf16")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
 @pytest.mark.parametrize(
@@ -188,15 +230,17 @@ def test_what_llama_cpp_would_compute_otherwise(model, tmp_path, changes, match)
 
 
 def test_a_tensor_without_a_name(model, tmp_path):
+    """A sliced model computes what no architecture of llama.cpp does."""
+    slice_checkpoint(open_decoder(model, "cpu"), torch.arange(40)[None], 1, 32, tmp_path / "sliced", IDENTITY)
+    refused(tmp_path / "sliced", tmp_path / "model.gguf", "model.layers.0.attention_shortcut has no name")
+
+
+def test_a_tensor_that_is_not_there(model, tmp_path):
     shard = next(model.glob("model.layers.0*"))
     tensors = load_file(shard)
-    from safetensors.torch import save_file
-
-    save_file(tensors | {"model.layers.0.more.weight": torch.zeros(3)}, shard, {"format": "pt"})
-    index = json.loads((model / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.layers.0.more.weight"] = shard.name
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(model, tmp_path / "model.gguf", "model.layers.0.more.weight has no name")
+    tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, shard, {"format": "pt"})
+    refused(model, tmp_path / "model.gguf", "no tensor for model.layers.0.mlp.up_proj.weight")
 
 
 # ---------------------------------------------------------------- by hand, and in llama.cpp

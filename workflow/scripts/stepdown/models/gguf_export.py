@@ -14,15 +14,15 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..cli import progress
 from ..errors import UserError
 from ..plan.gguf_families import gguf_architecture
-from .checkpoint import Checkpoint
+from .decoder import Decoder, open_decoder
 from .gguf_tokenizer import add_tokenizer
-from .quantised_checkpoint import open_checkpoint
+from .importing import check_layers
 
 BF16, F32 = gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32
 # By the name a user gives: what matrices are stored as, and llama.cpp's number for such a file.
@@ -38,16 +38,17 @@ def export_gguf(folder: Path, file: Path, values: str) -> None:
     values: one of `VALUES`. Vectors are float32, and in Q8_0 a matrix whose rows are no whole blocks of 32 is bf16.
     Raises `UserError` for a family or a tokenizer that cannot be written, and leaves nothing half-written.
     """
-    architecture, checkpoint = gguf_architecture(folder), open_checkpoint(folder)
-    config = AutoConfig.from_pretrained(folder)
+    architecture = gguf_architecture(folder)
+    decoder = open_decoder(folder, "cpu")
+    check_layers(decoder)
     kind, file_type = VALUES[values]
     partial = file.with_name(file.name + ".partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:
-        add_configuration(writer, config, architecture)
+        add_configuration(writer, decoder.model.config, architecture)
         writer.add_file_type(file_type)
-        add_tokenizer(writer, folder, checkpoint.shape("model.embed_tokens.weight")[0])
-        _write(writer, list(_entries(checkpoint, config, architecture, kind)))
+        add_tokenizer(writer, folder, rows=decoder.model.config.vocab_size)
+        _write(writer, list(_entries(decoder, architecture, kind)))
         writer.close()
         os.replace(partial, file)
     except BaseException:
@@ -66,19 +67,19 @@ class Entry:
     read: Callable[[], Tensor]
 
 
-def _entries(
-    checkpoint: Checkpoint, config: PretrainedConfig, architecture: str, kind: gguf.GGMLQuantizationType
-) -> Iterator[Entry]:
+def _entries(decoder: Decoder, architecture: str, kind: gguf.GGMLQuantizationType) -> Iterator[Entry]:
+    checkpoint, config = decoder.checkpoint, decoder.model.config
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     factors = rope_factors(config)
     if factors is not None:
         yield Entry("rope_freqs.weight", tuple(factors.shape), F32, lambda: factors)
-    for name, own in gguf_names(config, checkpoint, architecture).items():
-        shape = checkpoint.shape(name)
+    for name, own in gguf_names(decoder, architecture).items():
+        stored = decoder.stored[name]
+        shape = checkpoint.shape(stored)
         stored_as = F32 if len(shape) == 1 else kind if shape[-1] % block == 0 else BF16
 
-        def read(name: str = name) -> Tensor:
-            return in_rotary_order(name, checkpoint.tensors([name])[name], config, architecture)
+        def read(name: str = name, stored: str = stored) -> Tensor:
+            return in_rotary_order(name, checkpoint.tensors([stored])[stored], config, architecture)
 
         yield Entry(own, shape, stored_as, read)
 
@@ -133,19 +134,16 @@ def rope_factors(config: PretrainedConfig) -> Tensor | None:
     return config.rope_parameters["rope_theta"] ** -exponents / frequencies
 
 
-def gguf_names(config: PretrainedConfig, checkpoint: Checkpoint, architecture: str) -> dict[str, str]:
-    """Name of each tensor -> name in the file. A head that is tied is left out, as llama.cpp expects it."""
+def gguf_names(decoder: Decoder, architecture: str) -> dict[str, str]:
+    """Name of each tensor of the model -> name in the file; a tied head is left out, as llama.cpp expects it."""
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    known = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    known = gguf.get_tensor_name_map(kind, len(decoder.layers))
     names = {}
-    for name in checkpoint.names:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
+    for name in sorted(decoder.stored.keys() - decoder.model.all_tied_weights_keys.keys()):
         found = known.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise UserError(
-                f"{checkpoint.folder}: {name} has no name in a GGUF file of the architecture {architecture}"
-            )
+            folder = decoder.checkpoint.folder
+            raise UserError(f"{folder}: {name} has no name in a GGUF file of the architecture {architecture}")
         names[name] = found
     return names
 

@@ -20,7 +20,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     """Add the tokenizer of a model folder; rows: of the embedding, of which those without a token get one that no text
     has. Raises `UserError` for a kind of tokenizer that llama.cpp is not told of here."""
     tokenizer = load_tokenizer(folder)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
     if state["model"]["type"] != "BPE":
         raise UserError(
             f"{folder}: a tokenizer of the kind {state['model']['type']!r}; BPE is written to GGUF, for others use"
@@ -47,12 +48,14 @@ def tokens_of(state: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     tokens = [f"[PAD{row}]" for row in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     for token, row in state["model"]["vocab"].items():
+        # Some models are published with special tokens that no row is there for.
+        if row >= rows:
+            continue
         byte = state["model"].get("byte_fallback") and BYTE.fullmatch(token)
         kind = TokenType.UNKNOWN if token == state["model"].get("unk_token") else TokenType.NORMAL
         tokens[row], types[row] = token, int(TokenType.BYTE if byte else kind)
     for added in state["added_tokens"]:
         row = added["id"]
-        # Some models are published with tokens that no row is there for.
         if row < rows:
             tokens[row] = added["content"]
             if types[row] != TokenType.UNKNOWN:
@@ -105,7 +108,7 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerB
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
     encoded = tokenizer("a").input_ids
-    writer.add_add_bos_token(encoded[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(encoded[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(encoded[:1] == [tokenizer.bos_token_id])
+    writer.add_add_eos_token(encoded[-1:] == [tokenizer.eos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
