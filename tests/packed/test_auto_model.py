@@ -53,10 +53,11 @@ def test_is_the_model_of_load_packed(packed, caplog):
     assert torch.equal(model.generate(tokens(), **options), ours.generate(tokens(), **options))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "zamba2", "mamba"])
 @torch.no_grad()
 def test_families(family, tmp_path):
-    """Untied and tied heads, matrices held transposed, biases, experts."""
+    """Untied and tied heads, matrices held transposed, biases, experts, a block of several layers, weights that are
+    used without calls."""
     pack_model(make_model(family, tmp_path / "base"), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cpu")
     assert torch.equal(model(tokens()).logits, load_packed(tmp_path / "packed", device="cpu")(tokens()).logits)

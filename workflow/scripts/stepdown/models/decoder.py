@@ -5,7 +5,7 @@ when needed. Nothing here knows a model family.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -70,6 +70,11 @@ class Decoder:
         """Stored name of each prunable matrix -> the last layer that uses it."""
         return {name: place for place in range(len(self.layers)) for name in self.linears_of(place)}
 
+    def shared(self) -> list[str]:
+        """Stored names of the prunable matrices that several layers use."""
+        uses = Counter(name for place in range(len(self.layers)) for name in self.linears_of(place))
+        return [name for name, count in uses.items() if count > 1]
+
     def left_dense(self) -> dict[str, tuple[str, int]]:
         """What cannot be pruned of the decoder layers, beside vectors: name, with `*` for numbers -> the kind of module
         that holds it, and how many weights those are."""
@@ -125,8 +130,20 @@ def open_decoder(
     waiting = torch.device("cpu") if hidden_states == "cpu" else target
     decoder = Decoder(model, layers_name, dtype, target, waiting, checkpoint, stored, types_of(model, dtype))
     if not decoder.linears():
-        raise UserError(f"{folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
+        raise _nothing_to_prune(decoder)
     return decoder
+
+
+def _nothing_to_prune(decoder: Decoder) -> UserError:
+    """What to say of a model without linears; or of weights that are another's, or have names of their own."""
+    checkpoint, layers = decoder.checkpoint, decoder.layers.named_modules(prefix=decoder.layers_name)
+    asked = next((f"{name}.weight" for name, module in layers if isinstance(module, nn.Linear)), None)
+    if asked is None:
+        return UserError(f"{checkpoint.folder}: the decoder layers hold no nn.Linear, so there is nothing to prune")
+    held = f"the weights hold {checkpoint.names[0]} and the like" if checkpoint.names else "the weights hold nothing"
+    return UserError(
+        f"{checkpoint.folder}: config.json asks for {asked}, {held}; take both from the same model, or save it anew"
+    )
 
 
 def _find_stored(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -72,13 +72,19 @@ class PackedQuantizer(HfQuantizer):
         for name in self._names.linears:
             # Without parameters, so that none is made room for.
             replace_module(model, name, nn.Identity())
+        # `fill` gives each use of a block what the others have.
+        ties = model.all_tied_weights_keys.items()
+        owners = self._names.linears.keys()
+        model.all_tied_weights_keys = {
+            name: source for name, source in ties if not owners & {name.rpartition(".")[0], source.rpartition(".")[0]}
+        }
         # What is missing or too much is told by `read_shard` and `name_tensors`, and nothing stays at random.
         model._keys_to_ignore_on_load_missing = model._keys_to_ignore_on_load_unexpected = {""}
         for module in model.modules():
             module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
-        for name, buffer in build_empty(self._folder, model.is_remote_code()).named_buffers():
+        for name, buffer in build_empty(self._folder, model.is_remote_code(), torch.bfloat16).named_buffers():
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner)._buffers[own] = buffer.to(self._place)
         fill(model, self._names, self._folder, self._index, self._kernel, self._place)

@@ -46,7 +46,9 @@ class ThreeTierLinear(nn.Module):
             matrix = matrix.to(torch.bfloat16)
         elif kernel not in INTEGER_KERNELS:
             matrix = as_floats(matrix)
-        self.multiply = KERNELS[kernel](matrix, None if bias is None else bias.bfloat16())
+        # Some families read weight and bias, and do not call.
+        self.register_buffer("bias", None if bias is None else bias.bfloat16(), persistent=False)
+        self.multiply = KERNELS[kernel](matrix, self.bias)
 
     @property
     def weight(self) -> Tensor:

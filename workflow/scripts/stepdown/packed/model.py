@@ -39,7 +39,7 @@ def load_packed(
     folder, place = Path(folder), choose_device(device)
     index = read_index(folder)
     kernel = choose_kernel(kernel, place)
-    model = build_empty(folder, trust_remote_code).eval()
+    model = build_empty(folder, trust_remote_code, torch.bfloat16).eval()
     fill(model, name_tensors(model, folder, index), folder, index, kernel, place)
     return model.to(place).requires_grad_(False)
 
