@@ -89,6 +89,16 @@ def test_what_transformers_keeps_in_float32_stays_in_it(tmp_path):
     assert torch.equal(whole(packed), whole(load(folder)))
 
 
+def test_what_a_family_makes_float32_stays_in_it_when_packed(tmp_path):
+    """Of a float32 model it is told from the rest by nothing but how the model is built in bfloat16."""
+    folder = make_model("zamba", tmp_path / "model")
+    model, packed = load(folder, dtype=torch.bfloat16), pack(folder, tmp_path)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = {name for name, kind in types.items() if kind == torch.float32}
+    assert kept and kept == {name for name, tensor in packed.state_dict().items() if tensor.dtype == torch.float32}
+    assert torch.equal(whole(packed), whole(model))
+
+
 # --- ties ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +215,26 @@ def test_lora_leaves_out_what_is_not_called(tmp_path, caplog):
     assert {name.rpartition(".")[2] for name in trained} == {"in_proj", "x_proj"}
     with pytest.raises(UserError, match="none of them can have an adapter"):
         add_masked_adapter(load(tmp_path / "model"), masks, ["out_proj"], 4, 8.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("zamba2", "used by several layers"), ("falcon_mamba", "used without calls")]
+)
+def test_what_is_merged_is_what_was_trained(family, reason, tmp_path, caplog):
+    """An adapter on one use of a shared block, or on weights that nothing calls, would be merged unseen."""
+    from stepdown.recover.lora import add_masked_adapter
+
+    model = load(make_model(family, tmp_path / "model"))
+    linears = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and "." in name}
+    masks = {name: torch.ones(linear.weight.shape, dtype=torch.bool) for name, linear in linears.items()}
+    adapted = add_masked_adapter(model, masks, ["all-linear"], 4, 8.0, 0.0).eval()
+    assert f"others get no adapter: their weights are {reason}" in caplog.text
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.01)
+    trained = whole(adapted)
+    assert not torch.equal(trained, whole(load(tmp_path / "model")))
+    torch.testing.assert_close(whole(adapted.merge_and_unload()), trained, rtol=0, atol=1e-5)
 
 
 # --- other forms -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """LoRA (Hu et al. 2021) under a mask: it is masked while it trains, so that what is merged is what was trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check_target
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..cli import log
 from ..errors import UserError
 from ..models.checkpoint import save_tensors
+from ..models.linears import watching_inputs
 from ..tensors.masks import as_bits, from_bits
 from .processes import is_first
 from .settings import ALL_LINEAR
@@ -65,7 +69,8 @@ def add_masked_adapter(
     low_memory: hold a bit of a mask for each weight, and not a byte. Raises UserError for a target that matches none of
     the masked linears.
     """
-    targets = _without_refused(model, match_targets(list(keep_masks), targets))
+    targets = _without_shared(model, match_targets(list(keep_masks), targets))
+    targets = _without_uncalled(model, targets)
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=peft.TaskType.CAUSAL_LM
     )
@@ -104,18 +109,47 @@ def merge(model: peft.PeftModel) -> PreTrainedModel:
     return model.unload()
 
 
-def _without_refused(model: PreTrainedModel, targets: list[str]) -> list[str]:
-    """The targets without those that peft refuses: Mamba's kernels use their weights without calling them."""
-    kept = []
-    for name in targets:
+def _without_shared(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """The targets without weights that several modules have: an adapter on one of them would be merged into all."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    uses = Counter(linear.weight for linear in linears)
+    return _left_in(targets, lambda name: uses[model.get_submodule(name).weight] == 1, "used by several layers")
+
+
+@torch.no_grad()
+def _without_uncalled(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """The targets without those whose weights are used without calls, as Mamba's kernels do: an adapter would not be
+    seen. Of experts, some are called; peft refuses more of Mamba's."""
+    called: set[str] = set()
+    linears = {name: model.get_submodule(name) for name in targets}
+    # Of a model in shards, whose weights are still to be read: one zero all over, which takes no memory.
+    unread = {name: weight for name, weight in model.named_parameters() if weight.is_meta}
+    zeros = {name: weight.new_zeros((), device="cpu").expand(weight.shape) for name, weight in unread.items()}
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="cpu" if zeros else model.device)
+    with watching_inputs(linears, lambda name, _: called.add(_kind(name))):
+        functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+
+    def is_called(name: str) -> bool:
         try:
             check_target(peft.LoraConfig(), model, name.rpartition(".")[2])
-            kept.append(name)
         except ValueError:
-            pass
-    if left_out := len(targets) - len(kept):
-        first = next(name for name in targets if name not in kept)
-        log.warning("lora: %s and %d others get no adapter: their weights are used without calls", first, left_out - 1)
+            return False
+        return _kind(name) in called
+
+    return _left_in(targets, is_called, "used without calls")
+
+
+def _kind(name: str) -> str:
+    """A name with `*` for its numbers."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _left_in(targets: list[str], fits: Callable[[str], bool], otherwise: str) -> list[str]:
+    """The targets that fit; a line names those that do not, whose weights are `otherwise`."""
+    kept = [name for name in targets if fits(name)]
+    if left_out := [name for name in targets if name not in kept]:
+        others = len(left_out) - 1
+        log.warning("lora: %s and %d others get no adapter: their weights are %s", left_out[0], others, otherwise)
     if not kept:
         raise UserError("recovery: lora_targets: none of them can have an adapter; name others, or use method: full")
     return kept
