@@ -1,6 +1,7 @@
 """Whole numbers for weights: the published update, zeros that stay, and folders that others read."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import VOCABULARY, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import damped, loss, random_case
+from safetensors.torch import load_file, save_file
 
 from stepdown.errors import UserError
 from stepdown.measure.perplexity import perplexity
@@ -162,9 +164,15 @@ def test_a_sliced_model_can_be_quantised(tmp_path):
     assert losses.mean().exp().item() == pytest.approx(perplexity(open_decoder(target, "cpu"), TOKENS, 2), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_matrices_that_are_no_linears_are_refused(family, tmp_path):
-    with pytest.raises(UserError, match="no linears to compressed-tensors"):
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        *(("gpt2", "no linears to compressed-tensors"), ("mixtral", "no linears to compressed-tensors")),
+        *(("zamba2", "several layers use model.layers.1."), ("mamba", "it asks for their weights beforehand")),
+    ],
+)
+def test_what_transformers_would_not_load_is_refused(family, told, tmp_path):
+    with pytest.raises(UserError, match=told):
         quantise(make_model(family, tmp_path / "model"), "gptq4", tmp_path / "quantised")
     assert not (tmp_path / "quantised").exists()
 
@@ -175,11 +183,28 @@ def test_a_group_must_divide_the_inputs(tmp_path):
 
 
 def test_weights_quantised_elsewhere_are_refused(tmp_path):
-    import json
-
     folder = make_model("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     changed = copy.deepcopy(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     (folder / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match="another format than pack-quantized"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("form", ["inputs in another order", "inputs rounded too"])
+def test_what_packed_numbers_alone_do_not_tell_is_refused(form, tmp_path):
+    """The same format of compressed-tensors, in which a weight is not all there is to know."""
+    target = quantise(make_model("llama", tmp_path / "model"), "gptq8-g8", tmp_path / "quantised")
+    if form == "inputs in another order":
+        tensors = load_file(target / "rest.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight_g_idx"] = torch.arange(48) // 8
+        save_file(tensors, target / "rest.safetensors", {"format": "pt"})
+    else:
+        config = json.loads((target / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = {
+            "num_bits": 8,
+            "dynamic": True,
+        }
+        (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="another format than pack-quantized"):
+        open_checkpoint(target)

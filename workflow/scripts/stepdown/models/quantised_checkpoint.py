@@ -101,9 +101,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     try:
         (group,) = quantisation["config_groups"].values()
         bits = group["weights"]["num_bits"]
-        assert quantisation["format"] == FORMAT and bits in BITS
+        assert quantisation["format"] == FORMAT and bits in BITS and not group.get("input_activations")
+        checkpoint = QuantisedCheckpoint(folder, bits)
+        # Inputs in another order, which whoever is given weights would not know of.
+        assert not any(name.endswith("_g_idx") for name in checkpoint.stored)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
         raise UserError(
             f"{folder}: quantised in another format than {FORMAT}; give the model before quantisation"
         ) from None
-    return QuantisedCheckpoint(folder, bits)
+    return checkpoint

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..models.checkpoint import rewriting_layers
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
+from ..models.linears import replace_module
 from ..models.quantised_checkpoint import FORMAT, pack
 from ..plan.compressions import Quantisation, check_groups
 from ..tensors.quantisation import Quantised, gptq, round_to_nearest
@@ -34,15 +35,33 @@ def quantise_checkpoint(
     windows: int64 [samples, tokens], which only GPTQ asks for: each layer sees what the quantised ones before it give.
     Raises `UserError` for a group size that does not divide, and for matrices that are no linears in transformers.
     """
-    linears = decoder.linears()
-    check_groups(asked, {name: linear.in_features for name, linear in linears.items()})
-    if decoder.checkpoint.transposed or any(".experts." in name for name in linears):
-        family = decoder.model.config.model_type
-        raise UserError(f"{decoder.checkpoint.folder}: the matrices of {family} are no linears to compressed-tensors")
+    check_groups(asked, {name: linear.in_features for name, linear in decoder.linears().items()})
+    check_packable(decoder)
     with rewriting_layers(decoder.checkpoint, target, identity, _texts(decoder, asked)) as write:
         rounded = _by_rounding(decoder, asked)
         for layer in rounded if asked.method == "int" else _by_gptq(decoder, windows, batch_size, asked):
             write({f"{name}.{key}": part for name, found in layer.items() for key, part in pack(found, asked).items()})
+
+
+@torch.no_grad()
+def check_packable(decoder: Decoder) -> None:
+    """Raises `UserError` for a family that transformers does not load with its matrices packed."""
+    folder, family, linears = decoder.checkpoint.folder, decoder.model.config.model_type, decoder.linears()
+    if decoder.checkpoint.transposed or any(".experts." in name for name in linears):
+        raise UserError(f"{folder}: the matrices of {family} are no linears to compressed-tensors")
+    if shared := decoder.shared():
+        raise UserError(f"{folder}: several layers use {shared[0]}, and compressed-tensors packs each for itself")
+    with torch.device("meta"):
+        model = type(decoder.model)(decoder.model.config)
+    own_name = {module: name for name, module in decoder.model.named_modules()}
+    for linear in linears.values():
+        replace_module(model, own_name[linear], nn.Identity())
+    try:
+        model.apply(model._init_weights)
+    except AttributeError:
+        raise UserError(
+            f"{folder}: transformers loads no {family} with packed matrices: it asks for their weights beforehand"
+        ) from None
 
 
 def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Quantised]]:
