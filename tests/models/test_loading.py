@@ -74,8 +74,8 @@ def base_model(folder, monkeypatch):
         ({"text_config": {"vocab_size": 3}}, "not a causal language model"),
         ({"attn_implementation": "foo"}, "is not supported"),
         ({"model_type": "foo", "auto_map": {"AutoConfig": "own.Own"}}, "set trust_remote_code: true"),
-        ({"quantization_config": "int4"}, "quantised in another format"),
-        ({"quantization_config": {"format": "pack-quantized", "config_groups": {"a": {}}}}, "in another format"),
+        ({"quantization_config": "int4"}, "quantised or packed already"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "give the model before that"),
         ({"vocab_size": 5000}, "embed_tokens.weight [5000, 48], the weights hold [4096, 48]"),
         ({"num_key_value_heads": 4}, "k_proj.weight [48, 48], the weights hold [24, 48]"),
         ({"intermediate_size": 80}, "gate_proj.weight [80, 48], the weights hold [72, 48]"),
@@ -129,6 +129,31 @@ def test_pickled_weights_of_old_are_read_to_their_end(model, monkeypatch, whole)
         )
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"num_hidden_layers": 6}, "no tensor for model.layers.5."),
+        ({"num_hidden_layers": 4}, "the weights also hold model.layers.4."),
+        ({"tie_word_embeddings": False}, "no tensor for lm_head.weight"),
+    ],
+    ids=str,
+)
+def test_nothing_is_made_up_or_left_out_of_pickled_weights(model, monkeypatch, keys, told):
+    """As transformers does with a word that nobody reads."""
+    weights = load_file(model / "model.safetensors")
+    if "tie_word_embeddings" in keys:
+        weights.pop("lm_head.weight")
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin")
+    change(model, **keys)
+    assert told in base_model(model, monkeypatch)
+
+
+def test_a_model_that_is_sliced_already(model, monkeypatch):
+    (model / "slicing.json").write_text(json.dumps({"format": "stepdown sliced 1", "width": 32}))
+    assert "sliced already, which transformers does not load" in base_model(model, monkeypatch)
+
+
 def test_flash_attention_that_is_not_there_is_replaced_with_a_word(model, caplog):
     tokens = torch.arange(24).view(2, 12)
     expected = load_model(model, torch.float32)(tokens).logits
@@ -153,6 +178,21 @@ def test_what_transformers_warns_of_is_read_only_where_nothing_fails(fails):
     finally:
         library.removeHandler(told)
     assert [record.getMessage() for record in told.buffer] == ([] if fails else ["odd"])
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (lambda name: f"module.{name}", "the weights hold module.lm_head.weight and the like"),
+        (lambda name: None, "the weights hold nothing"),
+    ],
+)
+def test_weights_under_names_of_their_own(model, monkeypatch, rename, told):
+    """As training in several processes saves them, for one."""
+    weights = {rename(name): tensor for name, tensor in load_file(model / "model.safetensors").items() if rename(name)}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    line = base_model(model, monkeypatch)
+    assert "config.json asks for model.layers.0." in line and told in line
 
 
 def test_weights_in_whole_numbers_are_refused(model, monkeypatch):

@@ -164,6 +164,14 @@ def shard_of(name: str) -> str:
     return "rest" if number is None else ".".join(parts[: number + 1])
 
 
+def beside_layers(names: Iterable[str], used: Iterable[str]) -> list[str]:
+    """Those of the names that belong to layers beside the ones that the used names belong to."""
+    layers = {shard_of(name) for name in used}
+    lists = {layer.rpartition(".")[0] for layer in layers}
+    found = ((name, shard_of(name)) for name in sorted(names))
+    return [name for name, layer in found if layer not in layers and layer.rpartition(".")[0] in lists]
+
+
 def rewrite_checkpoint(
     source: Checkpoint | Path | str,
     target: Path | str,

@@ -13,12 +13,13 @@ from ..errors import UserError
 from ..files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
 from ..plan.gguf_header import is_gguf
 from ..plan.model_files import check_tokenizer, check_weights, has_tokenizer
-from .checkpoint import new_folder, shard_of, side_files
+from .checkpoint import beside_layers, new_folder, side_files
 from .decoder import Decoder, build_empty, open_decoder
 from .gguf import import_gguf
 from .linears import as_linears_
 from .loading import load_model, load_tokenizer, told_in_one_line
 from .quantised_checkpoint import open_checkpoint
+from .sliced import read_width
 from .stored_names import find_names, write_computed
 
 # Of the decoder layers' weights; what cannot be pruned and is more of them is warned of.
@@ -43,6 +44,8 @@ def import_model(model: str, revision: str | None, target: Path, trust_remote_co
 def import_folder(source: Path, target: Path, trust_remote_code: bool) -> None:
     """Link the files of a folder, or write the model anew where its weights are pickled or not in the form it uses."""
     check_weights(source)
+    if read_width(source):
+        raise UserError(f"{source}: sliced already, which transformers does not load; give the model before that")
     if has_only_pickles(source):
         convert(source, target, trust_remote_code)
     elif not convert_stored_forms(source, target, trust_remote_code):
@@ -131,10 +134,7 @@ def check_layers(decoder: Decoder) -> None:
             raise UserError(
                 f"{checkpoint.folder}: {name} is stored as whole numbers; give the model before it was quantised"
             )
-    used = {shard_of(name) for name in decoder.stored.values()}
-    left_out = [name for name in checkpoint.names if shard_of(name) not in used]
-    left_out = [name for name in left_out if shard_of(name).rpartition(".")[0] in {s.rpartition(".")[0] for s in used}]
-    for name in left_out:
+    for name in beside_layers(checkpoint.names, decoder.stored.values()):
         if not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
             raise UserError(
                 f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "

@@ -1,7 +1,7 @@
 """What transformers makes of a folder: configuration, model, tokenizer; what it does not take is told in one line."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from ..cli import collecting_no_garbage, log
 from ..errors import UserError
+from .checkpoint import beside_layers
 
 # Of a reason; some libraries write pages.
 REASON_LENGTH = 300
@@ -20,10 +21,24 @@ ADVICE = "mend what it names, or take another model"
 
 def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a folder with its weights; `auto` is the type they are stored in."""
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    return build_model(
-        folder, lambda config: AutoModelForCausalLM.from_pretrained(folder, config=config, **options), trust_remote_code
-    )
+
+    def load(config: PretrainedConfig) -> nn.Module:
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        _check_all_found(folder, model, found)
+        return model
+
+    return build_model(folder, load, trust_remote_code)
+
+
+def _check_all_found(folder: Path | str, model: nn.Module, found: Mapping[str, Collection[str]]) -> None:
+    """What is not stored transformers makes up, and what the model has no place for it leaves out, without an error."""
+    for name in sorted(dict(model.named_parameters()).keys() & set(found["missing_keys"])):
+        raise UserError(f"{folder}: no tensor for {name}, which config.json asks for; take both from one model")
+    for name in beside_layers(found["unexpected_keys"], model.state_dict()):
+        raise UserError(
+            f"{folder}: the weights also hold {name}, for which config.json has no layer; take both from one model"
+        )
 
 
 @collecting_no_garbage()

@@ -15,6 +15,7 @@ from ..files import (
     names_in_index,
     read_json_object,
     safetensors_header,
+    text_config,
     weight_files,
 )
 
@@ -31,10 +32,12 @@ def check_model(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """config.json, and weights that are all there to the last byte."""
+    """config.json, and weights that are all there to the last byte, each number by itself."""
     for file in sorted(folder.iterdir()):
         if file.is_file():
             check_not_pointer(file)
+    if (folder / "config.json").is_file():
+        _check_not_quantised(folder)
     if has_only_pickles(folder):
         named = names_in_index(folder / PICKLES_INDEX)
         for file in [folder / name for name in named] or folder.glob(PICKLES):
@@ -45,6 +48,14 @@ def check_weights(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds an adapter (adapter_config.json); merge it into the model, or move it away")
     read_json_object(folder / "config.json")
+
+
+def _check_not_quantised(folder: Path) -> None:
+    config = read_json_object(folder / "config.json")
+    if config.get("quantization_config") or text_config(config).get("quantization_config"):
+        raise UserError(
+            f"{folder}: quantised or packed already (quantization_config in config.json); give the model before that"
+        )
 
 
 def check_pickle(file: Path) -> None:
