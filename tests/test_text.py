@@ -180,6 +180,11 @@ def test_a_file_in_braces_is_a_file(tmp_path, monkeypatch):
     assert text.parse_text("{x}.txt") == "{x}.txt"
 
 
+def test_a_name_that_is_no_text_is_told():
+    with pytest.raises(UserError, match=r"found 'caf\\udce9.txt', which is not UTF-8"):
+        text.parse_text("caf\udce9.txt")
+
+
 def test_a_text_is_called_by_its_name_or_its_file():
     assert text.label("pydoc", "test") == "pydoc"
     assert text.label("some/where/a.txt", "test") == "a.txt"

@@ -151,7 +151,14 @@ def test_a_truncated_file(file, left):
     assert "truncated" in error_of(read_gguf_header, file)
 
 
-@pytest.mark.parametrize(("content", "told"), [(b"", "it is empty"), (b"PK\x03\x04...", "does not begin with GGUF")])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty"),
+        (b"PK\x03\x04...", "does not begin with GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n", "only a pointer of git-lfs"),
+    ],
+)
 def test_no_gguf_file(file, content, told):
     file.write_bytes(content)
     assert told in error_of(read_gguf_header, file)

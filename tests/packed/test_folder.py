@@ -296,7 +296,9 @@ def test_the_scripts(bundled, tmp_path):
     assert run("pack.py", *options, "--output", tmp_path / "packed").returncode == 0
     for file in (folder / "packed").iterdir():
         assert (tmp_path / "packed" / file.name).read_bytes() == file.read_bytes(), "the same bytes every time"
-    finished = run("generate.py", "--model", tmp_path / "packed", "--prompt", "Return the length", "--tokens", 8)
+    # A byte that is no UTF-8 is no token either.
+    prompt = "Return the length\udce9"
+    finished = run("generate.py", "--model", tmp_path / "packed", "--prompt", prompt, "--tokens", 8)
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     assert lines[0].startswith("Return the length") and finished.stdout.count("tokens/s") == 2

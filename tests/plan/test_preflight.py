@@ -133,9 +133,20 @@ def test_numbers_given_as_text_are_read_as_yaml_reads_them():
     config = complete({"pruning": {"k": "8"}, "recovery": {"learning_rate": "2.0e-5", "tokens_per_epoch": "null"}})
     assert config["pruning"]["k"] == 8
     assert (config["recovery"]["learning_rate"], config["recovery"]["tokens_per_epoch"]) == (2e-5, None)
+    assert complete({"schedule": "null"})["schedule"] is None
     samples = complete({"calibration": {"samples": 64.0}})["calibration"]["samples"]
     assert isinstance(samples, int)
     assert samples == 64
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [("calibration", "{samples: 8}"), ("evaluation", '{texts: ["pydoc"]}'), ("pruning", "{target: {bytes: 0.5}}")],
+)
+def test_a_section_given_as_text_is_complete(key, section):
+    """Quoted once too often: it has its defaults, and its keys are looked at."""
+    assert complete({key: section}) == complete({key: yaml.safe_load(section)})
+    assert f"unknown key {key}.{section[1:4]}zz" in error_of(complete, {key: f"{section[:4]}zz: 1}}"})
 
 
 def test_adapter_targets_that_match_nothing(tmp_path):
@@ -388,6 +399,18 @@ def test_a_special_token_needs_no_row(model):
     preflight.check_model(model)
 
 
+@pytest.mark.parametrize("section", ["", "text_config"])
+def test_a_model_that_is_quantised_already(model, section):
+    """By others, or by this project: what is written from it would be no such model any more."""
+    found = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (model / "config.json").write_text(json.dumps({section: found} if section else found))
+    assert "quantised or packed already (quantization_config in config.json)" in error_of(preflight.check_model, model)
+
+
+def test_a_line_break_in_a_name_is_no_second_line(tmp_path):
+    assert "no folder a\\nb; name" in error_of(preflight.local_model, "a\nb")
+
+
 def test_an_adapter_beside_the_weights(model):
     """transformers would load it too, and nothing else here."""
     (model / "adapter_config.json").write_text("{}")
@@ -464,6 +487,34 @@ def test_texts(tmp_path):
 def test_a_text_that_is_only_a_pointer(tmp_path):
     (tmp_path / "a.txt").write_text(POINTER)
     assert "a.txt: only a pointer" in error_of(preflight.check_text, "here", str(tmp_path / "a.txt"), ("test",), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"caf\xe9 " * 20, "a.txt is not UTF-8 at byte 3; convert it"),
+        ("a.jsonl", b"\xff\xfe" + b"x\0" * 20, "a.jsonl is not UTF-8 at byte 0; convert it"),
+        ("a.md", b"\x1f\x8b" + b"x" * 20, "a.md is not UTF-8 at byte 1; convert it"),
+        ("a.parquet", b"PAR1" + b"x" * 20, "a.parquet is no Parquet file, or not whole"),
+        ("a.parquet", b"PA", "a.parquet is no Parquet file, or not whole"),
+    ],
+)
+def test_a_text_in_another_form(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    assert told in error_of(preflight.check_text, "here", str(tmp_path / name), ("test",), 8)
+
+
+def test_a_character_may_lie_across_the_end_of_what_is_looked_at(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * (preflight.BEGINNING - 1) + "é")
+    preflight.check_text("here", str(tmp_path / "a.txt"), ("test",), 8)
+
+
+def test_a_name_that_is_no_text_stands_in_no_result():
+    for check, *name in (
+        (preflight.local_model, "caf\udce9"),
+        (preflight.check_text, "here", "\udce9.txt", ("test",), 8),
+    ):
+        assert "which is not UTF-8 and stands in no result; rename it" in error_of(check, *name)
 
 
 @pytest.mark.parametrize(

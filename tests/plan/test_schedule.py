@@ -130,6 +130,8 @@ def test_what_is_no_csv_file_is_one_clear_line(tmp_path):
     garbled = tmp_path / "garbled.csv"
     garbled.write_bytes(b"\xff\xfe\x00\x01,,\x80")
     assert "decode" in error_of(garbled)
+    garbled.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "only a pointer of git-lfs" in error_of(garbled)
 
 
 def error_of(path):

@@ -129,6 +129,15 @@ def test_a_module_of_another_workflow(project, tmp_path):
     assert (tmp_path / "all.txt").read_text() == "2\n"
     # Without a target, what the workflow around it begins with.
     assert "Nothing to be done" in run(tmp_path, "-n")
+    # Links are looked for where each of them has its results.
+    link = next(path for path in (tmp_path / "pre fix/results/iter0/unsorted/model").iterdir() if path.is_symlink())
+    target = os.readlink(link)
+    link.unlink()
+    link.symlink_to("/gone")
+    line = snakemake(tmp_path, "all.txt", "-n").stderr.splitlines()[-1]
+    assert line.startswith(f"error: pre fix/results/iter0/unsorted/model/{link.name}: links to /gone"), line
+    link.unlink()
+    link.symlink_to(target)
     everything = run(tmp_path, "again_all", "stepdown_all", "-n")
     assert "html_report" not in everything
     assert "evaluate_base" in everything

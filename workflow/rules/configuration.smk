@@ -34,6 +34,8 @@ from stepdown.prune.methods import method_names
 sys.path.remove(os.path.abspath(SCRIPTS))
 
 IS_MODULE = not workflow.modifier.is_main_snakefile()
+# A workflow that this is a module of may have results elsewhere.
+RESULTS = Path(workflow.modifier.path_modifier.replace_prefix("results/iter0")).parent
 
 
 @contextmanager
@@ -59,10 +61,10 @@ with one_line():
     MODEL = found(config["model"])
     SCHEDULE = read_schedule(found(config["schedule"])) if config["schedule"] else []
     check_inputs(config | {"model": MODEL})
-    check_writable(Path(), Path(".snakemake"), Path("results"))
+    check_writable(Path(), Path(".snakemake"), RESULTS)
     # Where the base model comes to, as it was given: in its own folder where its channels are sorted before it is used.
     IMPORTED = UNSORTED if config["sort_channels"] else BASE
-    check_links(Path("results") / IMPORTED)
+    check_links(RESULTS / IMPORTED)
     trains = config["oneshot_epochs"] or any(row.epochs for row in SCHEDULE)
     if trains and config["device"] != "cpu" and local_model(MODEL):
         check_training_memory(config["recovery"], local_model(MODEL))

@@ -10,6 +10,7 @@ import torch
 
 from stepdown import cli
 from stepdown.errors import UserError
+from stepdown.files import SURROGATE
 from stepdown.packed.linear import KERNELS
 from stepdown.packed.model import load_packed
 
@@ -25,7 +26,8 @@ def main(arguments: argparse.Namespace) -> None:
     for name, kernel in (("packed", arguments.kernel), ("dense in torch", "torch")):
         model = load_packed(arguments.model, kernel, **options)
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
-        tokens, speed = continue_prompt(model, tokenizer(arguments.prompt, return_tensors="pt"), arguments.tokens)
+        prompt = SURROGATE.sub("\ufffd", arguments.prompt)
+        tokens, speed = continue_prompt(model, tokenizer(prompt, return_tensors="pt"), arguments.tokens)
         texts[name] = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(texts) == 1:
             print(f"{texts[name]}\n")

@@ -144,6 +144,12 @@ def check_not_pointer(file: Path) -> None:
             raise UserError(f"{file}: only a pointer of git-lfs, not the file itself; run git lfs pull")
 
 
+def check_is_text(where: str, name: str) -> None:
+    """The name of a file may be any bytes; what stands in a result is UTF-8."""
+    if SURROGATE.search(name):
+        raise UserError(f"{where}: found {name!r}, which is not UTF-8 and stands in no result; rename it")
+
+
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """What to call each of several files: its name, or, where others have the same, as much of its path as tells them
     apart. Raises `UserError` for a file that is named twice."""

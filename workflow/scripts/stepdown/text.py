@@ -25,7 +25,7 @@ import torch
 
 from .cli import collecting_no_garbage, log
 from .errors import UserError
-from .files import SURROGATE, check_not_pointer, distinct_names, kept_in_cache
+from .files import SURROGATE, check_is_text, check_not_pointer, distinct_names, kept_in_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,8 +42,9 @@ _PYDOC_BOUNDS = (0.86, 0.93)
 def parse_text(value: str) -> Text:
     """A command line's `--text`: a name or path as it is, or else the JSON of a mapping of splits to paths.
 
-    Raises UserError for broken JSON and for a mapping of anything else.
+    Raises UserError for broken JSON, for a mapping of anything else and for a name that is not UTF-8.
     """
+    check_is_text("text", value)
     if os.path.isfile(value) or not value.lstrip().startswith("{"):
         return value
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
+from ..files import check_not_pointer
 
 # Entries and bytes of a block of each tensor type that can be dequantised.
 BLOCKS = {
@@ -66,6 +67,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
     """The header of a file that is whole; raises `UserError` for one that is none, truncated, or of an unknown type."""
     if not file.is_file():
         raise UserError(f"config key model: no file {file}; name a GGUF file, a folder with config.json or a hub id")
+    check_not_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":

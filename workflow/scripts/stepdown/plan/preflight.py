@@ -1,6 +1,7 @@
 """What can be checked before the first job: the configuration, the model's folder, the texts. Standard library only,
 but for `complete_config`, which Snakemake's own environment runs."""
 
+import codecs
 import difflib
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import (
+    check_is_text,
     check_length,
     check_not_pointer,
     distinct_names,
@@ -25,6 +27,9 @@ CORPORA = ("pydoc", "wikitext2", "c4")
 TEXT_ENDINGS = (".txt", ".tokens", ".md", ".jsonl", ".parquet")
 # The splits each section of the configuration reads of its text.
 SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evaluation": ("test",)}
+
+# What a Parquet file begins and ends with; and how much of another text is looked at.
+PARQUET, BEGINNING = b"PAR1", 1 << 16
 
 PACKED_BLOCK_SIZE = 16
 
@@ -61,12 +66,29 @@ def complete_config(config: dict, schema: dict) -> dict:
 
 
 def _complete(value: object, schema: dict, definitions: dict, key: str) -> object:
-    schema = _resolve(schema, definitions)
+    schema = _resolve(schema, definitions) | {"$defs": definitions}
+    value = _read(value, schema)
     if isinstance(value, dict) and "properties" in schema:
         return dict(_complete_section(value, schema["properties"], definitions, key))
     if isinstance(value, list) and "items" in schema:
         value = [_complete(item, schema["items"], definitions, key) for item in value]
-    return _checked(value, schema | {"$defs": definitions}, key)
+    return _checked(value, schema, key)
+
+
+def _read(value: object, schema: dict) -> object:
+    """The value as the schema's type: `--config 'pruning={k: 8}'` and `--config schedule=null` hand over text, which
+    YAML reads as a number and as nothing."""
+    import yaml
+    from jsonschema import Draft202012Validator
+
+    is_valid = Draft202012Validator(schema).is_valid
+    if not isinstance(value, str) or (is_valid(value) and not (value == "null" and is_valid(None))):
+        return value
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return read if is_valid(read) or isinstance(read, dict | list) else value
 
 
 def _complete_section(section: dict, properties: dict, definitions: dict, key: str) -> Iterator[tuple[str, object]]:
@@ -86,18 +108,9 @@ def _complete_section(section: dict, properties: dict, definitions: dict, key: s
 
 
 def _checked(value: object, schema: dict, key: str) -> object:
-    """The value as the schema's type. `--config 'pruning={k: 8}'` hands over text, which YAML reads as a number."""
-    import yaml
     from jsonschema import Draft202012Validator
 
-    is_valid = Draft202012Validator(schema).is_valid
-    if isinstance(value, str) and not is_valid(value):
-        try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError:
-            read = value
-        value = read if is_valid(read) else value
-    if not is_valid(value) or (isinstance(value, float) and not math.isfinite(value)):
+    if not Draft202012Validator(schema).is_valid(value) or (isinstance(value, float) and not math.isfinite(value)):
         found = "nothing" if value is None else repr(value)
         raise UserError(f"config key {key}: found {found}; write {_expected(value, schema)}")
     # To JSON Schema 128.0 is an integer, to a command line it is not.
@@ -150,6 +163,8 @@ def check_inputs(config: dict) -> None:
     check_moving_masks(config)
     check_packed(config)
     tasks = config["zero_shot"]["task_folder"]
+    if tasks:
+        check_name("config key zero_shot.task_folder", tasks)
     if tasks and not Path(tasks).is_dir():
         raise UserError(f"config key zero_shot.task_folder: no folder {tasks}; give one with the tasks' YAML files")
     for file in Path(tasks).rglob("*") if tasks else []:
@@ -217,7 +232,7 @@ def check_target(pruning: dict) -> None:
 
 def local_model(model: str) -> Path | None:
     """The folder a model is in, or None for a hub id and for a GGUF file."""
-    check_no_option("config key model", model)
+    check_name("config key model", model)
     path = Path(model)
     if is_gguf(model):
         return None
@@ -302,12 +317,13 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
     if isinstance(text, dict) and (missing := [split for split in splits if split not in text]):
         raise UserError(f"{where}: no file for the split {missing[0]}; name one for each of {', '.join(splits)}")
     for path in text_files(text, splits):
-        check_no_option(where, str(path))
+        check_name(where, str(path))
         if not path.is_file():
             raise UserError(f"{where}: no file {path}; name a file or one of {', '.join(CORPORA)}")
         if path.suffix not in TEXT_ENDINGS:
             raise UserError(f"{where}: {path} ends in none of {', '.join(TEXT_ENDINGS)}; give it the right ending")
         check_not_pointer(path)
+        check_form(where, path)
         size = path.stat().st_size
         # A token takes at least one byte of text; parquet is compressed, so its size says nothing.
         if size < sequence_length and path.suffix != ".parquet":
@@ -317,10 +333,26 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
             )
 
 
-def check_no_option(where: str, name: str) -> None:
-    """A name must not look like an option: jobs are given it on a command line."""
+def check_form(where: str, path: Path) -> None:
+    """What the ends of a text file tell: Parquet that is whole, or UTF-8 as far as its beginning goes."""
+    with path.open("rb") as file:
+        begin = file.read(BEGINNING)
+        if path.suffix == ".parquet":
+            file.seek(max(0, path.stat().st_size - len(PARQUET)))
+            if not begin.startswith(PARQUET) or file.read() != PARQUET:
+                raise UserError(f"{where}: {path} is no Parquet file, or not whole; copy or download it again")
+            return
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: {path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+
+
+def check_name(where: str, name: str) -> None:
+    """Jobs are given a name on a command line, and write it into results: it is no option, and text."""
     if name.startswith("-"):
         raise UserError(f"{where}: found {name}, which a command line takes for an option; write ./{name}")
+    check_is_text(where, name)
 
 
 def check_distinct(where: str, texts: list[str | dict]) -> None:

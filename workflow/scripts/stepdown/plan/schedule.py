@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import check_not_pointer
 
 SHARES = ["dense", "mid_2_4", "topk"]
 STEP_COLUMNS = ["dense_to_2_4", "mid_2_4_to_topk"]
@@ -73,6 +74,7 @@ def _read_cells(path: str | Path) -> Any:
     import pandas as pd  # costs half a second, which those who only plan names need not spend
 
     try:
+        check_not_pointer(Path(path))
         # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
         text = Path(path).read_text(encoding="utf-8-sig")
         # As many columns as the longest line has cells: what a line lacks is NaN then, and none is too long to be read.
