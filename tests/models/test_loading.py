@@ -13,6 +13,9 @@ import pytest
 import torch
 from families import make_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 from stepdown.cli import log
@@ -23,6 +26,13 @@ from stepdown.models.loading import load_model, load_tokenizer, told_in_one_line
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = [ROOT / "resources/pydoc-llama" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+
+
+def words():
+    """A tokenizer that knows two words, and no word for others."""
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer.to_str()
 
 
 @pytest.fixture
@@ -98,6 +108,7 @@ def test_a_config_of_no_or_another_model_is_told_by_the_first_job(model, monkeyp
         ({"tokenizer.json": None}, "; copy its tokenizer.json too, or pip install"),
         ({"tokenizer.json": None, "tokenizer.model": "abcd"}, "copy its tokenizer.json too, or pip install"),
         ({"tokenizer.json": '{"model": {}}'}, "no tokenizer that transformers can load (KeyError"),
+        ({"tokenizer.json": words(), "tokenizer_config.json": "{}"}, "Missing [UNK] token from the vocabulary); mend"),
     ],
     ids=str,
 )

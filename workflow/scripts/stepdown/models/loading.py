@@ -17,6 +17,7 @@ from .checkpoint import beside_layers
 # Of a reason; some libraries write pages.
 REASON_LENGTH = 300
 ADVICE = "mend what it names, or take another model"
+UNUSUAL = "Zwölf, \N{GRINNING FACE}\n"
 
 
 def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> nn.Module:
@@ -77,6 +78,8 @@ def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> PreTr
     with told_in_one_line(folder, "no tokenizer that transformers can load", advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Some raise at the first word that they do not know.
+        tokenizer(UNUSUAL)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None:
         numbers = set(tokenizer.get_vocab().values())
