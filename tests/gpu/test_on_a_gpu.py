@@ -5,7 +5,7 @@ import torch
 from families import make_model
 from three_tiers import random_three_tier
 
-from stepdown.models.checkpoint import Checkpoint
+from stepdown.models.checkpoint import Checkpoint, load_tensors
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.tier_maps import dense_tier_map
@@ -20,6 +20,7 @@ from stepdown.prune.oneshot import prune_layers
 from stepdown.recover.distillation import load_teacher
 from stepdown.recover.recovery import recover
 from stepdown.recover.settings import RecoverySettings
+from stepdown.recover.sharding import save_whole
 from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.least_squares import masked_least_squares
 from stepdown.tensors.patterns import TierOptions, pattern_of
@@ -204,7 +205,9 @@ def test_finetuning_from_a_teacher(method, model, tmp_path):
         )
         assert len(found.moments) > 0
         assert next(teacher.parameters()).device.type == device
-        assert all(moment.device.type == "cpu" for moment in found.moments.values())
+        # They stay where they are until they are written, one after the other.
+        save_whole(found.moments, tmp_path / "moments.safetensors", {})
+        assert load_tensors(tmp_path / "moments.safetensors")[0].keys() == found.moments.keys()
         losses.append([row["loss"] for row in found.log if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
