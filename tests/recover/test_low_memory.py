@@ -19,6 +19,7 @@ from stepdown.recover import bf16_adamw, losses
 from stepdown.recover.bf16_adamw import BFloat16AdamW, round_stochastically
 from stepdown.recover.recovery import check_pruned_are_zero, recover
 from stepdown.recover.settings import RecoverySettings
+from stepdown.tensors import token_chunks
 
 
 def low_memory_run(state, keep_moments=False, **changed):
@@ -105,7 +106,7 @@ def test_the_cross_entropy_is_that_of_transformers(monkeypatch, items):
     labels[1, 4] = -100
     gradients = []
     for chunk, of in ((2**24, ForCausalLMLoss), (2**24, losses.cross_entropy), (30, losses.cross_entropy)):
-        monkeypatch.setattr(losses, "CHUNK", chunk)
+        monkeypatch.setattr(token_chunks, "CHUNK", chunk)
         given = logits.clone().requires_grad_()
         loss = of(given, labels, 7, items)
         loss.backward()
@@ -120,7 +121,7 @@ def test_the_divergence_in_chunks_is_that_of_all_tokens(monkeypatch):
     student, teacher = torch.randn(2, 3, 9, 7)
     gradients = []
     for chunk in (2**24, 30):
-        monkeypatch.setattr(losses, "CHUNK", chunk)
+        monkeypatch.setattr(token_chunks, "CHUNK", chunk)
         given = student.clone().requires_grad_()
         loss = losses.divergence(given, teacher, 2.0)
         loss.backward()
@@ -130,7 +131,7 @@ def test_the_divergence_in_chunks_is_that_of_all_tokens(monkeypatch):
 
 
 def test_no_float32_copy_of_all_logits_is_held(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 2**12)
+    monkeypatch.setattr(token_chunks, "CHUNK", 2**12)
     logits, teacher = torch.randn(2, 4, 128, 256).bfloat16()
     labels = torch.randint(0, 256, (4, 128))
     logits.requires_grad_()
@@ -149,7 +150,7 @@ def test_no_float32_copy_of_all_logits_is_held(monkeypatch):
 def peak_and_size(monkeypatch, state, wanted: RecoverySettings) -> tuple[int, ModelSize]:
     """The most bytes of tensors alive in a training of two steps, and the size of its model."""
     chunk = 2**16
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(token_chunks, "CHUNK", chunk)
     monkeypatch.setattr(bf16_adamw, "CHUNK", chunk)
     monkeypatch.setattr(training_memory, "CHUNKS", 8 * chunk)
     config = LlamaConfig(

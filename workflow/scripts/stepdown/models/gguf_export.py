@@ -24,6 +24,7 @@ from .decoder import Decoder, open_decoder
 from .gguf_tokenizer import add_tokenizer
 from .importing import check_layers
 
+ROWS_AT_ONCE = 1024
 BF16, F32 = gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32
 # By the name a user gives: what matrices are stored as, and llama.cpp's number for such a file.
 VALUES = {
@@ -94,7 +95,18 @@ def _write(writer: gguf.GGUFWriter, entries: list[Entry]) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for entry in progress(entries, "gguf"):
-        writer.write_tensor_data(gguf.quants.quantize(entry.read().float().numpy(), entry.kind))
+        writer.write_tensor_data(_quantised(entry))
+
+
+def _quantised(entry: Entry) -> np.ndarray:
+    """The bytes of a tensor, made of some rows at a time: in float32 an embedding takes more than a layer does."""
+    tensor, shape = entry.read(), gguf.quants.quant_shape_to_byte_shape(entry.shape, entry.kind)
+    found, rows = np.empty(shape, np.uint8), tensor.reshape(-1, entry.shape[-1])
+    places = found.reshape(len(rows), -1)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        places[part] = gguf.quants.quantize(rows[part].float().numpy(), entry.kind).view(np.uint8)
+    return found
 
 
 def add_configuration(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture: str) -> None:

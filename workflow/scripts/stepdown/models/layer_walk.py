@@ -14,8 +14,16 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_on
 
 from ..cli import progress
 from ..errors import UserError
+from ..tensors.token_chunks import sum_over_tokens
 from .decoder import Decoder, load_module, load_zeros, loaded_around_layers, loaded_before_layers, unload
 from .host_states import HostStates
+
+# Logits that are float32 at a time: 16 MB, less than a layer.
+CHUNK = 2**22
+
+
+def _summed_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), tokens, reduction="sum")
 
 
 class LayerWalk:
@@ -86,9 +94,12 @@ class LayerWalk:
                 with _layers_replaced(self.decoder, self._answering(number, state)):
                     logits = model(input_ids=tokens, use_cache=False).logits
                 # Families differ in what they add to a loss of their own.
-                loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+                loss = sum_over_tokens(
+                    _summed_losses, logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), entries=CHUNK
+                )
+                loss = loss / tokens[:, 1:].numel() * (tokens.numel() if summed else 1)
                 with carrying_back(self.decoder):
-                    gradient = torch.autograd.grad(loss * batch.numel() if summed else loss, state)[0]
+                    gradient = torch.autograd.grad(loss, state)[0]
                 yield gradient
 
     def call(self, place: int, number: int, state: Tensor) -> Tensor:

@@ -1,20 +1,11 @@
-"""Losses over a vocabulary, computed a chunk of tokens at a time.
+"""Losses over a vocabulary, computed a chunk of tokens at a time."""
 
-In float32 the logits of a batch take more memory than a decoder layer, and every step of a softmax takes as much again.
-So only a chunk of them is ever held in float32, and computed once more when gradients go back through it.
-"""
-
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-# Logits of a chunk: 64 MB in float32.
-CHUNK = 2**24
+from ..tensors.token_chunks import sum_over_tokens
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -63,16 +54,3 @@ def cross_entropy(
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return sum_over_tokens(summed, logits.view(-1, vocab_size), shift_labels) / num_items_in_batch
-
-
-def sum_over_tokens(summed: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """The sum of `summed(logits, *others)` over chunks of tokens.
-
-    logits: [tokens, vocabulary]; others: [tokens, ...]. With one chunk it is as if called directly.
-    """
-    tokens = max(1, CHUNK // logits.shape[-1])
-    if len(logits) <= tokens:
-        return summed(logits, *others)
-    chunks = zip(*(each.split(tokens) for each in (logits, *others)), strict=True)
-    sums = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum()
