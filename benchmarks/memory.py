@@ -29,15 +29,15 @@ def floors(empty: float) -> dict[str, float]:
 
     Refitting holds a layer of two models, X'X and Z'X of the widest input; SparseGPT and GPTQ a layer, the Hessian of
     its widest input and that one's factor. Reconstruction holds a layer of two models, what it was before, and its
-    gradients in bf16; in float32 its weights, their gradients and two moments. Sorting writes embedding and head, which
-    are one file, in another order.
+    gradients in bf16; in float32 its weights, their gradients and two moments; and the masks. Sorting writes embedding
+    and head, which are one file, in another order.
     """
     hessian = 4 * FFN**2 / 1e6
     solver = empty + LAYER + 2 * hessian
     return {
         "sort_channels": empty + 2 * TABLE,
         "refit": empty + 2 * LAYER + 2 * hessian,
-        "reconstruct": empty + (4 + 2 * 4) * LAYER,
+        "reconstruct": empty + (4 + 2 * 4 + 1 / 2) * LAYER,
         "prune_oneshot sparsegpt": solver,
         "quantise gptq": solver,
         "pack_integers": solver,
