@@ -353,7 +353,12 @@ def loaded_around_layers(
     names = [name for name in names if without is None or not name.startswith(without)]
     if batches and decoder.device.type == "cpu":
         tables = _tables(decoder, names, head_of_tokens)
-        _load(decoder, model, "", tables, torch.cat([batch.flatten() for batch in batches]).unique())
+        tokens = torch.cat([batch.flatten() for batch in batches]).unique()
+        for table in tables:
+            # What a family has beyond its vocabulary it may put before any text.
+            length = len(model.get_parameter(table))
+            further = torch.arange(min(model.config.get_text_config().vocab_size, length), length)
+            _load(decoder, model, "", [table], torch.cat([tokens, further]))
         names = [name for name in names if name not in tables]
     _load(decoder, model, "", names)
     try:
