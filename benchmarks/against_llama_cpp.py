@@ -36,8 +36,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -46,6 +44,7 @@ from random_llama import BUNDLED, write_random_llama
 from three_tiers import prune_by_magnitude
 
 from stepdown.files import atomic_write, safetensors_header, write_json
+from stepdown.measure.perplexity import batch_losses
 from stepdown.measure.speed import load_model
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.decoder import open_decoder
@@ -306,12 +305,12 @@ def perplexity(contender: Contender, windows: torch.Tensor) -> float:
             folder = Path(temporary) / "model"
             import_gguf(contender.path, folder)
         model = load_model(folder, "cpu")
-        losses = [cross_entropy(logits_of(model, window)[:-1].float(), window[1:]).double() for window in windows]
+        losses = [
+            loss
+            for window in windows.split(1)
+            for loss in batch_losses(window, model(input_ids=window, use_cache=False).logits)
+        ]
     return torch.stack(losses).mean().exp().item()
-
-
-def logits_of(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=window[None], use_cache=False).logits[0]
 
 
 # --- what it comes to ------------------------------------------------------------------------------------------------

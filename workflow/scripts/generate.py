@@ -11,6 +11,7 @@ import torch
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import SURROGATE
+from stepdown.measure.speed import memory_of
 from stepdown.packed.linear import KERNELS
 from stepdown.packed.model import load_packed
 
@@ -51,8 +52,6 @@ def continue_prompt(model: torch.nn.Module, prompt: dict, count: int) -> tuple[t
 def greedy(model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
     """A prompt and up to `count` tokens more, int64 [1, tokens], as `model.generate` has them, which takes over
     a millisecond more for each."""
-    from transformers.generation.utils import ALL_CACHE_NAMES
-
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     tokens, output = inputs["input_ids"], model(**inputs, use_cache=True)
@@ -61,7 +60,7 @@ def greedy(model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
         tokens = torch.cat([tokens, token], dim=1)
         if number == count or token.item() in ends:
             break
-        memory = {name: output[name] for name in ALL_CACHE_NAMES if output.get(name) is not None}
+        memory = memory_of(output)
         output = model(input_ids=token if memory else tokens, use_cache=True, **memory)
     return tokens
 

@@ -24,7 +24,7 @@ def window_losses(decoder: Decoder, windows: Tensor, batch_size: int, without: C
         if place not in without:
             replay()
     losses = [
-        loss for batch, logits in zip(walk.batches, walk.logits(), strict=True) for loss in _batch_losses(batch, logits)
+        loss for batch, logits in zip(walk.batches, walk.logits(), strict=True) for loss in batch_losses(batch, logits)
     ]
     return torch.stack(losses)
 
@@ -42,7 +42,10 @@ def describe_protocol(length: int) -> str:
     return PROTOCOL.format(length=length, predictions=length - 1)
 
 
-def _batch_losses(batch: Tensor, logits: Tensor) -> Iterator[Tensor]:
-    """One window at a time: the float32 logits of a whole batch would not fit where its hidden states do."""
+def batch_losses(batch: Tensor, logits: Tensor) -> Iterator[Tensor]:
+    """Mean cross-entropy of each window, int64 [windows, tokens], by its logits [windows, tokens, vocabulary].
+
+    One window at a time: the float32 logits of a whole batch would not fit where its hidden states do.
+    """
     for tokens, scores in zip(batch, logits, strict=True):
         yield cross_entropy(scores[:-1].float(), tokens[1:].to(scores.device)).double().cpu()

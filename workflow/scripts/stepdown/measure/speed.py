@@ -44,7 +44,7 @@ def measure_speed(
         for model, times in zip(models, seconds, strict=True):
             prefill, output = _timed(lambda model=model: model(input_ids=prompt, use_cache=True), prompt.device)
             times["prefill"].append(prefill)
-            if _memory(output):
+            if memory_of(output):
                 decode, _ = _timed(lambda model=model, output=output: _decode(model, output, new_tokens), prompt.device)
                 times["decode"].append(decode)
     tokens = {"prefill": prompt_tokens, "decode": new_tokens}
@@ -55,11 +55,11 @@ def _decode(model: nn.Module, output, new_tokens: int) -> Tensor:
     """Greedy; `output` is what the model made of the prompt."""
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, use_cache=True, **_memory(output))
+        output = model(input_ids=token, use_cache=True, **memory_of(output))
     return token
 
 
-def _memory(output) -> dict[str, object]:
+def memory_of(output) -> dict[str, object]:
     """What a model wants to be given again with the next token: keys and values, or the state of a recurrence."""
     from transformers.generation.utils import ALL_CACHE_NAMES
 

@@ -24,6 +24,7 @@ from .decoder import Decoder, open_decoder
 from .gguf_tokenizer import add_tokenizer
 from .importing import check_layers
 
+# That are float32 on their way into the file.
 ROWS_AT_ONCE = 1024
 BF16, F32 = gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32
 # By the name a user gives: what matrices are stored as, and llama.cpp's number for such a file.

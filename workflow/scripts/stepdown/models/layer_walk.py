@@ -94,10 +94,9 @@ class LayerWalk:
                 with _layers_replaced(self.decoder, self._answering(number, state)):
                     logits = model(input_ids=tokens, use_cache=False).logits
                 # Families differ in what they add to a loss of their own.
-                loss = sum_over_tokens(
-                    _summed_losses, logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), entries=CHUNK
-                )
-                loss = loss / tokens[:, 1:].numel() * (tokens.numel() if summed else 1)
+                logits, following = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+                loss = sum_over_tokens(_summed_losses, logits, following, entries=CHUNK) / len(following)
+                loss = loss * (tokens.numel() if summed else 1)
                 with carrying_back(self.decoder):
                     gradient = torch.autograd.grad(loss, state)[0]
                 yield gradient

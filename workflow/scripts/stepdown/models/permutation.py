@@ -14,6 +14,7 @@ from .checkpoint import load_tensors, save_tensors
 
 FORMAT = "stepdown permutation 1"
 
+# Of an embedding, to be put in another order.
 ROWS_AT_ONCE = 1024
 
 # (stored tensor, its dimension in the form [out, in]) -> int64 [length].

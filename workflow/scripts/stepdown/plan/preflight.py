@@ -292,9 +292,10 @@ def check_packed(config: dict) -> None:
         return
     if not config["schedule"]:
         raise UserError("config key speed.packed: packs the last iteration, but schedule is null; write packed: []")
-    if (size := config["pruning"]["block_size"]) != 16:
+    if (size := config["pruning"]["block_size"]) != PACKED_BLOCK_SIZE:
         raise UserError(
-            f"config key speed.packed: packed models have blocks of 16, pruning.block_size is {size}; write packed: []"
+            f"config key speed.packed: packed models have blocks of {PACKED_BLOCK_SIZE}, pruning.block_size is {size};"
+            " write packed: []"
         )
 
 

@@ -72,8 +72,10 @@ def write_permuted(decoder: Decoder, orders: Orders, target: Path | str) -> None
 
 @torch.no_grad()
 def check_same_function(before: Decoder, after: Decoder, tokens: Tensor) -> None:
-    """Raises `UserError` unless the two compute the same logits in float32, of the first tokens [sequences, tokens] for
-    these."""
+    """Raises `UserError` unless the two compute the same logits in float32.
+
+    tokens: int64 [sequences, tokens], of which the first few are looked at, and the logits of these alone.
+    """
     tokens, found = tokens[:, :TOKENS], []
     for decoder in (before, after):
         walk = LayerWalk(in_float32(decoder), [tokens])
