@@ -4,6 +4,7 @@ import json
 import logging
 import runpy
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from logging.handlers import MemoryHandler
@@ -251,3 +252,15 @@ def test_a_model_without_a_fault_is_built_without_a_word(model, caplog):
     build_empty(model)
     load_tokenizer(model)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("early", ["", "import transformers; "])
+def test_no_library_draws_bars_of_its_own(model, early):
+    code = (
+        f"import argparse; {early}from stepdown import cli; from stepdown.models.loading import load_model;"
+        f"cli.run(lambda _: load_model({str(model)!r}), argparse.ArgumentParser())"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "workflow/scripts"
+    )
+    assert finished.returncode == 0 and "Loading weights" not in finished.stderr, finished.stderr

@@ -115,6 +115,14 @@ def _open_log(path: Path | None) -> None:
     log.handlers[:] = handlers
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
-    # Hub libraries draw bars of their own over ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _draw_no_other_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _draw_no_other_bars() -> None:
+    """Libraries draw bars of their own over ours. Only as they are imported do they look at the environment."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

@@ -12,13 +12,14 @@ from ..models.decoder import choose_device, load_whole
 from ..models.quantised_checkpoint import QuantisedCheckpoint, open_checkpoint
 from ..models.sliced import read_width
 from ..packed.folder import is_packed
-from ..packed.model import load_packed
 
 
 def load_model(folder: Path | str, device: str, trust_remote_code: bool = False) -> nn.Module:
     """A model ready for use, in the type of its checkpoint: a packed folder on its own kernels; quantised weights as
     what they stand for, as no kernel here takes them."""
+    # Imported here: what only asks for help should not wait seconds for transformers.
     from ..models import loading
+    from ..packed.model import load_packed
 
     if is_packed(folder):
         return load_packed(folder, device=device, trust_remote_code=trust_remote_code)
