@@ -123,13 +123,6 @@ class Checkpoint:
         file = self._file_of[stored]
         return read_part(file, self._headers[file][stored], place[rows])
 
-    def unread(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors on the meta device, with shape and type; but parts of fused ones, which are read."""
-        names = set(names)
-        parts = names & self._part_of.keys()
-        meta = {name: torch.empty(self.shape(name), dtype=self.dtype(name), device="meta") for name in names - parts}
-        return meta | self.tensors(parts)
-
     def matrix(self, linear: str) -> Tensor:
         """The weight [out, in] of a linear."""
         return self.tensors([f"{linear}.weight"])[f"{linear}.weight"]
@@ -216,24 +209,15 @@ def write_checkpoint(
     transposed: Iterable[str] = (),
     texts: Mapping[str, str] | None = None,
     fused: Mapping[str, Fused] | None = None,
-    unread: Checkpoint | None = None,
 ) -> None:
     """Write `target` as a checkpoint of (name of a shard, its tensors by name), one shard in memory at a time: when it
     is written, the tensors are taken out of its mapping.
 
     The other files are those of the folder `source`, but for `texts`: name of a file -> what it says instead.
     transposed: names of the matrices, given as [out, in], that their family stores the other way round; fused: name of
-    each tensor that stands for several of those given -> how; unread: what has the tensors that are on the meta device,
-    each of which is read when it is written.
+    each tensor that stands for several of those given -> how.
     """
     transposed, fused = frozenset(transposed), dict(fused or {})
-
-    def ready(name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return tensor
-        found = unread.tensors([name])[name]
-        return found.T if name in transposed else found
-
     with new_folder(target) as folder:
         for file in side_files(source):
             shutil.copyfile(file, folder / file.name)
@@ -243,7 +227,7 @@ def write_checkpoint(
         for shard, tensors in shards:
             tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}
             fuse_(tensors, fused)
-            save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"}, ready)
+            save_tensors(tensors, folder / f"{shard}.safetensors", {"format": "pt"})
             weight_map.update(dict.fromkeys(tensors, f"{shard}.safetensors"))
             total_size += sum(tensor.nbytes for tensor in tensors.values())
             # Whoever gave them still has the mapping when it reads the next ones.
@@ -339,14 +323,14 @@ def rewriting_layers(
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for shard, names in progress(source.shards().items(), "write"):
-                tensors = source.unread(name for name in names if name not in file_of)
+                tensors = source.tensors(name for name in names if name not in file_of)
                 for file in {file_of[name] for name in names if name in file_of}:
                     tensors |= load_tensors(file)[0]
                 as_stored_(source, tensors)
                 yield shard, tensors
 
         yield put_aside
-        write_checkpoint(source.folder, target, shards(), identity, source.transposed, texts, source.fused, source)
+        write_checkpoint(source.folder, target, shards(), identity, source.transposed, texts, source.fused)
 
 
 @contextmanager

@@ -27,12 +27,11 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     path: Path | str,
     metadata: dict[str, str],
-    ready: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+    ready: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
     """Write one safetensors file elsewhere and move it; nothing is left of it on an error.
 
-    ready: makes of a tensor, by name, what is written, of the same shape and type, when its turn comes: see
-    `in_file_order`.
+    ready: makes of a tensor what is written, of the same shape and type, when its turn comes: see `in_file_order`.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -41,7 +40,7 @@ def save_tensors(
         with partial.open("wb") as file:
             file.write(_header(tensors, metadata))
             for name in in_file_order(tensors):
-                file.write(_bytes(ready(name, tensors[name])))
+                file.write(_bytes(ready(tensors[name])))
         os.replace(partial, path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -128,7 +128,7 @@ def gather(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Ten
 def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write tensors, in shards or not, to a file, of which one at a time is whole."""
     if is_first():
-        save_tensors(tensors, path, metadata, ready=lambda _, tensor: whole(tensor.detach()))
+        save_tensors(tensors, path, metadata, ready=lambda tensor: whole(tensor.detach()))
     else:
         for name in in_file_order(tensors):
             whole(tensors[name].detach())
