@@ -152,7 +152,7 @@ def main(arguments: argparse.Namespace) -> None:
     chosen = tuple(arguments.only or [""])
     variants = at_rates(TABLES[arguments.table](configured_rows(arguments.configfile)), arguments.learning_rates)
     variants = [variant for variant in variants if variant.name.startswith(chosen)]
-    results, figures = arguments.folder / arguments.table, []
+    results, figures = arguments.folder.resolve() / arguments.table, []
     for seed in arguments.seeds:
         for variant in variants:
             folder = results / variant.name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"

@@ -342,6 +342,31 @@ def test_only_the_keys_a_rule_uses_rerun_it(finished_once):
     assert finished_once.plan(MINE, "--config", *options) == evaluated | {("iter0", "evaluate_base")} | SIDE_BY_SIDE
 
 
+def test_another_learning_rate_trains_every_step_anew(finished_once):
+    finetuned = jobs(["iter1", "oneshot/three-tier", *RUNS], {"finetune", "evaluate"})
+    later = jobs(["iter2", "iter3", "iter4", "iter5"], ITERATION)
+    planned = finished_once.plan(MINE, "--config", "recovery={learning_rate: 1.0e-3}")
+    assert planned == finetuned | later | MEASURED
+
+
+# A section, and a number in it that some rule is told in the default run, and that can be another by itself.
+NUMBERS = [
+    (section, key)
+    for section, values in yaml.safe_load((ROOT / "config/config.yaml").read_text()).items()
+    if isinstance(values, dict) and section not in ("structured", "layer_sparsity", "gradual", "zero_shot")
+    for key, value in values.items()
+    if isinstance(value, int | float) and key not in ("top_blocks", "block_size", "sharded")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("section", "key"), NUMBERS)
+def test_every_number_that_changes_reruns_something(finished_once, section, key):
+    value = yaml.safe_load((ROOT / "config/config.yaml").read_text())[section][key]
+    changed = not value if isinstance(value, bool) else value / 2 or 1.0 if isinstance(value, float) else value + 1
+    assert finished_once.plan(MINE, "--config", f"{section}={json.dumps({key: changed})}")
+
+
 def test_sorting_channels_or_no_longer_makes_every_model_anew(finished):
     models = jobs(["iter1", "iter2", "iter3", "iter4", "iter5"], ITERATION) | jobs(["oneshot/three-tier"], ONE_SHOT)
     models |= jobs(RUNS, RUN) | {("iter0", "evaluate_base")} | MEASURED

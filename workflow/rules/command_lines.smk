@@ -43,12 +43,17 @@ def tier_options(wildcards):
     return flags({**shares, **config["pruning"], "cost": None, "shared_over": None, "target": None})
 
 
-def target_options(wildcards, input):
-    """What a step's shares are in proportion to, where a target takes the place of the schedule's last row."""
-    if not input.target:
+def target_flags(wildcards, input):
+    """Where a step's shares are, where a target takes the place of the schedule's last row."""
+    return flags({"target": str(input.target) if input.target else None})
+
+
+def last_row_flags(wildcards):
+    """What the shares of a target are those of, and the ones of every row in proportion."""
+    if not config["pruning"]["target"]:
         return []
     last = one_shot(SCHEDULE)
-    return flags({"target": str(input.target), "last": [last.dense, last.mid_2_4, last.topk]})
+    return flags({"last": [last.dense, last.mid_2_4, last.topk]})
 
 
 def layer_options(wildcards):
@@ -77,17 +82,24 @@ def results_folder(wildcards, output):
 
 def recovery_flags(wildcards, input, output):
     """How a step is finetuned."""
-    step, results, recovery = wildcards.step, results_folder(wildcards, output), config["recovery"]
+    teacher, before = (model_of(index) if index else None for index in (input.teacher, input.before))
+    return recovery_words(wildcards, results_folder(wildcards, output), teacher, input.calibration or None, before)
+
+
+def recovery_settings(wildcards):
+    """The same with stand-ins for files: what is made of inputs or outputs is no reason to Snakemake to run anew."""
+    teacher, before = (distills(wildcards) and "teacher", regrows_from_before(wildcards) and "before")
+    calibration = "calibration" if chooses_while_training(wildcards) else None
+    return recovery_words(wildcards, "results", teacher or None, calibration, before or None)
+
+
+def recovery_words(wildcards, results, teacher, calibration, before):
+    step, recovery = wildcards.step, config["recovery"]
     one_schedule = {}
     if recovery["one_schedule"] and step.startswith("iter"):
         one_schedule = command_lines.one_schedule_options(SCHEDULE, row(step), recovery["method"], results)
-    teacher = model_of(input.teacher) if input.teacher else None
     moving = command_lines.mask_options(
-        recovery,
-        config["pruning"]["selection"],
-        input.calibration or None,
-        model_of(input.before) if input.before else None,
-        row_ahead(wildcards),
+        *(recovery, config["pruning"]["selection"], calibration, before, row_ahead(wildcards))
     )
     return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule) | moving)
 

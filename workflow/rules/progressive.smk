@@ -123,14 +123,15 @@ rule degrade_dense_to_2_4:
         dense=of_row("dense"),
         mid_2_4=of_row("mid_2_4"),
         topk=of_row("topk"),
-        target=target_options,
+        target=target_flags,
+        last=last_row_flags,
         shared_over=config["pruning"]["shared_over"],
     message:
         "{wildcards.step}: dense blocks down to 2:4"
     shell:
         "python {params.script:q} --scores {input.scores:q} --tier-map {input.tier_map:q}"
         " --iteration {params.iteration:q} --dense {params.dense:q} --mid-2-4 {params.mid_2_4:q} --topk {params.topk:q}"
-        " {params.target:q} --shared-over {params.shared_over} --output {output:q} --log {log:q}"
+        " {params.target:q} {params.last:q} --shared-over {params.shared_over} --output {output:q} --log {log:q}"
 
 
 rule degrade_2_4_to_topk:
@@ -281,6 +282,7 @@ rule finetune:
         text=text_arguments("recovery"),
         text_content=text_fingerprint("recovery"),
         options=recovery_flags,
+        settings=recovery_settings,
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,

@@ -122,7 +122,5 @@ def _open_log(path: Path | None) -> None:
 def _draw_no_other_bars() -> None:
     """Libraries draw bars of their own over ours. Only as they are imported do they look at the environment."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.disable_progress_bar()
