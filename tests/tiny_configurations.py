@@ -90,9 +90,17 @@ CHANGES = {
 }
 
 
+# Of which a token sees those after it, unless they are told to be decoders.
+ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+
+
 def tiny_configuration(family: str, **changes: object):
     """The configuration of a family, by its `model_type`, with every size small; changes: fields as they are given."""
-    return _tiny(CONFIG_MAPPING[family], CHANGES.get(family, {}) | changes)
+    told = {"is_decoder": True} if family in ENCODERS else {}
+    return _tiny(CONFIG_MAPPING[family], told | CHANGES.get(family, {}) | changes)
 
 
 def _tiny(configuration: type, changes: dict):

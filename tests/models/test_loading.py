@@ -161,6 +161,13 @@ def test_nothing_is_made_up_or_left_out_of_pickled_weights(model, monkeypatch, k
     assert told in base_model(model, monkeypatch)
 
 
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_tokens_that_see_those_after_them_are_refused(tmp_path, monkeypatch, is_decoder):
+    folder = make_model("bert", tmp_path / "model", is_decoder=is_decoder)
+    line = base_model(folder, monkeypatch)
+    assert ("each token of the family 'bert' sees those after it" in line) != is_decoder
+
+
 def test_a_model_that_is_sliced_already(model, monkeypatch):
     (model / "slicing.json").write_text(json.dumps({"format": "stepdown sliced 1", "width": 32}))
     assert "sliced already, which transformers does not load" in base_model(model, monkeypatch)

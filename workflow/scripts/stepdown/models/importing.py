@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import GenerationConfig
 
 from ..cli import log
@@ -14,8 +15,9 @@ from ..files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
 from ..plan.gguf_header import is_gguf
 from ..plan.model_files import check_tokenizer, check_weights, has_tokenizer
 from .checkpoint import beside_layers, new_folder, side_files
-from .decoder import Decoder, build_empty, open_decoder
+from .decoder import Decoder, build_empty, open_decoder, unload
 from .gguf import import_gguf
+from .layer_walk import LayerWalk
 from .linears import as_linears_
 from .loading import load_model, load_tokenizer, told_in_one_line
 from .quantised_checkpoint import open_checkpoint
@@ -24,6 +26,8 @@ from .stored_names import find_names, write_computed
 
 # Of the decoder layers' weights; what cannot be pruned and is more of them is warned of.
 NOTABLE = 0.01
+# What of a token's hidden state may change with those after it: types of 16 bits round to less.
+ROUNDING = 0.01
 
 
 def import_model(model: str, revision: str | None, target: Path, trust_remote_code: bool = False) -> Decoder:
@@ -37,6 +41,7 @@ def import_model(model: str, revision: str | None, target: Path, trust_remote_co
         import_folder(local_folder(model, revision), target, trust_remote_code)
     decoder = open_decoder(target, "cpu", trust_remote_code)
     check_layers(decoder)
+    check_causal(decoder)
     check_side_files(target, trust_remote_code)
     return decoder
 
@@ -140,6 +145,29 @@ def check_layers(decoder: Decoder) -> None:
                 f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "
                 "take both from one model"
             )
+
+
+def check_causal(decoder: Decoder) -> None:
+    """The first layer makes the same of tokens whichever comes after them: the perplexity of a model that sees what it
+    should foresee says nothing."""
+    tokens = torch.arange(3, 10)[None]
+    walk = LayerWalk(decoder, [tokens, torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], 1)])
+    for _, layer, replay in walk.layers(None):
+        replay()
+        unload(layer)
+        break
+    # Families differ in where tokens stand, in what they put before them, and in how many states they have of each.
+    shape = walk.states[0].shape[:-1]
+    place = max((dim for dim, size in enumerate(shape) if size >= tokens.numel()), default=0)
+    state, other = (state.float().movedim(place, 0).flatten(1) for state in walk.states)
+    changed = (state - other).norm(dim=1) > ROUNDING * state.norm(dim=1)
+    if changed.sum() > len(state) // tokens.numel():
+        family = decoder.model.config.model_type
+        raise UserError(
+            f"{decoder.checkpoint.folder}: each token of the family {family!r} sees those after it, so that no"
+            " perplexity says anything; give a model that reads from left to right, or set is_decoder: true in"
+            " config.json where the family has that key"
+        )
 
 
 def tell_what_is_pruned(decoder: Decoder) -> None:
