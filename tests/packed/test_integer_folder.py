@@ -68,6 +68,8 @@ def test_sizes(bundled):
 def test_zeros_are_exact_and_the_rest_is_near(bundled, name, most):
     folder, checkpoint, _ = bundled
     for weight, found in weights(folder / name).items():
+        if weight == "lm_head.weight":
+            continue
         exact = checkpoint.tensors([weight])[weight]
         assert not found[exact == 0].any()
         assert (found - exact).norm() < most * exact.norm(), weight
@@ -99,12 +101,38 @@ def test_every_way_to_load_gives_the_same_model(bundled):
     assert config == {"quant_method": "stepdown", "format": "stepdown packed 2", "values": "int4"}
 
 
-def test_the_head_has_8_bits_whatever_computes_with_it(bundled):
-    folder = bundled[0] / "int4"
+@pytest.mark.parametrize("name", ["int4", "gptq"])
+def test_the_head_has_8_bits_whatever_computes_with_it(bundled, name):
+    folder = bundled[0] / name
     ours, theirs = (load_packed(folder, kernel, "cpu") for kernel in ("torch", "auto"))
     head, exact = ours.lm_head.weight.float(), ours.get_input_embeddings().weight.float()
     assert torch.equal(head, theirs.lm_head.weight.float())
-    assert 1e-3 < (head - exact).norm() / exact.norm() < 1e-2
+    assert 1e-3 < (head - exact).norm() / exact.norm() < 2e-2
+    assert ("lm_head.dense" in load_file(folder / "rest.safetensors")) == (name == "gptq")
+
+
+@torch.no_grad()
+def test_the_head_is_rounded_for_what_it_is_given(bundled):
+    folder, tokens = bundled[0], tokens_of(TEXT, 64)[16:20]
+    states = AutoModelForCausalLM.from_pretrained(folder / "model").base_model(tokens).last_hidden_state
+    nearest, rounded = (load_packed(folder / name, "torch", "cpu").lm_head.weight for name in ("int4", "gptq"))
+    exact = AutoModelForCausalLM.from_pretrained(folder / "model").lm_head.weight
+    errors = [(states.float() @ (weight - exact).float().T).norm() for weight in (nearest, rounded)]
+    assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_head_of_its_own_is_stored_once(tied, tmp_path):
+    _, tier_map = prune_by_magnitude(make_model("llama", tmp_path / "base", tie_word_embeddings=tied), tmp_path)
+    windows = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(0))
+    decoder = open_decoder(tmp_path / "model", "cpu")
+    pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int4", tmp_path / "packed")
+    assert not {"lm_head.weight"} & load_file(tmp_path / "packed/rest.safetensors").keys()
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model").get_output_embeddings().weight
+    for model in (load_packed(tmp_path / "packed"), AutoModelForCausalLM.from_pretrained(tmp_path / "packed")):
+        assert not model.config.tie_word_embeddings
+        assert (model.get_output_embeddings().weight.float() - exact).norm() < 2e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])

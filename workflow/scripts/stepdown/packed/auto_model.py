@@ -21,13 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import UserError
 from ..models.decoder import build_empty
 from ..models.linears import replace_module
-from .folder import QUANT_METHOD, read_index
+from .folder import QUANT_METHOD, REST, read_index
 from .linear import choose_kernel
 from .model import fill, name_tensors
 
-# What belongs to no decoder layer. It is the one file that transformers reads as well; a folder without a
-# model.safetensors is one that transformers refuses, and does not fill at random, where this module is not imported.
-REST = "rest.safetensors"
+# The one file that transformers reads as well; a folder without a model.safetensors is one that transformers refuses,
+# and does not fill at random, where this module is not imported.
+BESIDE_LAYERS = f"{REST}.safetensors"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -58,7 +58,7 @@ class PackedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         # The last word before files are looked for.
-        config.transformers_weights = REST
+        config.transformers_weights = BESIDE_LAYERS
         return config
 
     def _process_model_before_weight_loading(

@@ -7,9 +7,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..cli import progress
@@ -18,6 +20,7 @@ from ..files import read_json_object, safetensors_header, write_json
 from ..models.checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
 from ..tensors.block_rounding import Rounded, round_in_blocks
+from ..tensors.blocks import grid_shape
 from .format import BLOCK_SIZE, PARTS, PackedMatrix, pack
 from .integers import PARTS as INTEGER_PARTS
 from .integers import IntegerMatrix, pack_integers
@@ -27,6 +30,10 @@ FORMAT = "stepdown packed 2"
 FORMATS = "stepdown packed 1", FORMAT
 # By what the kept weights are stored as: the bits of whole numbers.
 VALUES = {"bf16": None, "int8": 8, "int4": 4}
+# Of the head where kept weights are whole numbers, of 8 or 4.
+HEAD_BITS = 8
+# The shard of what belongs to no decoder layer.
+REST = "rest"
 INDEX_NAME = "packed.json"
 # By which transformers knows such a folder: `auto_model`.
 QUANT_METHOD = "stepdown"
@@ -36,6 +43,14 @@ QUANT_METHOD = "stepdown"
 Rounding = Callable[[str, Tensor, Tensor], Rounded]
 
 
+@dataclass(frozen=True)
+class Head:
+    """The head as whole numbers of `HEAD_BITS`, and its name in the folder."""
+
+    name: str
+    rounded: Rounded
+
+
 def write_packed(
     checkpoint: Checkpoint,
     tier_map: TierMap,
@@ -43,11 +58,13 @@ def write_packed(
     target: Path | str,
     values: str = "bf16",
     rounding: Rounding | None = None,
+    head: Head | None = None,
 ) -> float:
     """Write the folder `target` from a checkpoint, one decoder layer in memory at a time.
 
-    values: one of `VALUES`; rounding: to whole numbers, by itself to nearest. Returns the bytes of the packed matrices
-    per weight. Raises `UserError` when the map is of another checkpoint or block size, and leaves nothing half-written.
+    values: one of `VALUES`; rounding: to whole numbers, by itself to nearest; head: if not given, it stays as it is.
+    Returns the bytes of the packed matrices per weight, without the head. Raises `UserError` when the map is of another
+    checkpoint or block size, and leaves nothing half-written.
     """
     check_packable(checkpoint, tier_map, map_path)
     bits, sizes = VALUES[values], []
@@ -59,12 +76,19 @@ def write_packed(
             shutil.copyfile(file, folder / file.name)
         config = read_json_object(checkpoint.folder / "config.json")
         config["quantization_config"] = {"quant_method": QUANT_METHOD, **marks}
+        if head:
+            for section in (config, config.get("text_config", {})):
+                section["tie_word_embeddings"] = False
         write_json(folder / "config.json", config)
         hashes = {}
         for shard, names in progress(checkpoint.shards().items(), "pack"):
             file = folder / f"{shard}.safetensors"
             tensors, shapes = _pack_shard(checkpoint, names, tier_map, bits, rounding, sizes)
-            metadata = marks | {"k": str(tier_map.k), "shapes": json.dumps(shapes, sort_keys=True)}
+            metadata = marks | {"k": str(tier_map.k)}
+            if head and shard == REST:
+                metadata["head"] = head.name
+                shapes[head.name] = _pack_head(head, tier_map.k, tensors)
+            metadata["shapes"] = json.dumps(shapes, sort_keys=True)
             save_tensors(tensors, file, metadata)
             hashes[file.name] = sha256(file)
         index = {**marks, "block_size": BLOCK_SIZE, "k": tier_map.k, **tier_map.identity, "sha256": hashes}
@@ -123,9 +147,10 @@ def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, Pa
     if sha256(path) != index["sha256"][path.name]:
         raise UserError(f"{path}: not as it was when it was packed (its sha256 differs); copy it again or pack again")
     tensors, metadata = load_tensors(path)
-    bits, matrices = VALUES[index["values"]], {}
-    kind, parts = (IntegerMatrix, INTEGER_PARTS[bits]) if bits else (PackedMatrix, PARTS)
+    matrices: dict[str, PackedMatrix | IntegerMatrix] = {}
     for name, shape in _shapes(path, metadata, index).items():
+        bits = HEAD_BITS if name == metadata.get("head") else VALUES[index["values"]]
+        kind, parts = (IntegerMatrix, INTEGER_PARTS[bits]) if bits else (PackedMatrix, PARTS)
         try:
             matrices[name] = kind(shape, **{part: tensors.pop(f"{name}.{part}") for part in parts})
             matrices[name].check(index["k"])
@@ -180,6 +205,16 @@ def _pack_shard(
         shapes[name] = matrix.shape
         sizes.append((matrix.nbytes, weight.numel()))
     return tensors, shapes
+
+
+def _pack_head(head: Head, k: int, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """Put the head's parts where its weight was, if it had one of its own; its [out, in]."""
+    codes = head.rounded.codes
+    tensors.pop(f"{head.name}.weight", None)
+    tiers = torch.zeros(grid_shape(tuple(codes.shape), BLOCK_SIZE), dtype=torch.uint8)
+    matrix = pack_integers(codes, head.rounded, tiers, k, HEAD_BITS)
+    tensors |= {f"{head.name}.{part}": tensor for part, tensor in matrix.tensors.items()}
+    return matrix.shape
 
 
 def _to_nearest(_: str, weight: Tensor, tiers: Tensor, bits: int) -> Rounded:

@@ -1,7 +1,6 @@
 """The linear that computes with a packed matrix, and the choice of what computes it."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Protocol
 
@@ -11,14 +10,11 @@ from torch.nn.functional import linear
 
 from ..cli import log
 from ..errors import UserError
-from ..tensors.block_rounding import Rounded, round_in_blocks
+from ..tensors.block_rounding import round_dense
 from ..tensors.blocks import grid_shape
 from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
 from .format import BLOCK_SIZE, PackedMatrix, pack, unpack
 from .integers import IntegerMatrix, as_floats, pack_integers
-
-# Rows of blocks of a dense matrix that are rounded together.
-STRIPS_AT_ONCE = 128
 
 
 class Multiply(Protocol):
@@ -68,11 +64,7 @@ def dense_linear(weight: Tensor, bias: Tensor | None, kernel: str, bits: int | N
     tiers = torch.zeros(grid_shape(tuple(weight.shape), BLOCK_SIZE), dtype=torch.uint8, device=weight.device)
     if bits is None:
         return ThreeTierLinear(pack(weight, tiers, k=1), bias, kernel)
-    # Strips by strips: a head is large, and rounded in float32.
-    pieces = zip(weight.split(STRIPS_AT_ONCE * BLOCK_SIZE), tiers.split(STRIPS_AT_ONCE), strict=True)
-    rounded = [round_in_blocks(rows, of_rows, bits) for rows, of_rows in pieces]
-    parts = (torch.cat([getattr(piece, field.name) for piece in rounded]) for field in fields(Rounded))
-    return ThreeTierLinear(pack_integers(weight, Rounded(*parts), tiers, 1, bits), bias, kernel)
+    return ThreeTierLinear(pack_integers(weight, round_dense(weight, bits), tiers, 1, bits), bias, kernel)
 
 
 class TorchMultiply:

@@ -14,11 +14,8 @@ from ..models.linears import as_linears_, linear_of, replace_module
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
 from .decoding import quicken_decoding
-from .folder import VALUES, read_index, read_shard, shapes_in
+from .folder import HEAD_BITS, VALUES, read_index, read_shard, shapes_in
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
-
-# Of the head where kept weights are whole numbers of 8 or 4.
-HEAD_BITS = 8
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -79,6 +76,7 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
 
 def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
     """Put into a model what a packed folder holds, one decoder layer at a time, each checked; raises `UserError`."""
+    head = _head_name(model)
     for file in progress(index["sha256"], "load"):
         tensors, matrices = read_shard(folder / file, index)
         own = {
@@ -89,20 +87,27 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
         for name, source in names.linears.items():
             if source in matrices:
                 matrix, bias = matrices[source].to(device=place), own.pop(f"{name}.bias", None)
-                replace_module(model, name, ThreeTierLinear(matrix, bias, kernel))
+                # Of a dense matrix torch, and a GPU, have a product of their own.
+                fastest = kernel if kernel in INSTRUCTIONS or name != head else "torch"
+                replace_module(model, name, ThreeTierLinear(matrix, bias, fastest))
         model.load_state_dict(own, strict=False, assign=True)
     _pack_head(model, kernel, index["values"])
     if kernel in INSTRUCTIONS and quicken_decoding(model):
         log.info("single tokens go through the decoder in C++")
 
 
+def _head_name(model: nn.Module) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
 def _pack_head(model: nn.Module, kernel: str, values: str) -> None:
-    """The head is Dense, and runs on the CPU's kernels as such; torch, and a GPU, have a product of their own. Where
-    kept weights are whole numbers it has 8 bits, whatever computes with it."""
+    """A head that is stored as it was is Dense, and runs on the CPU's kernels as such. Where kept weights are whole
+    numbers it has 8 bits, the nearest, whatever computes with it."""
     head, bits = model.get_output_embeddings(), None if VALUES[values] is None else HEAD_BITS
     if not isinstance(head, nn.Linear) or (kernel not in INSTRUCTIONS and bits is None):
         return
-    name = next(name for name, module in model.named_modules() if module is head)
+    name = _head_name(model)
     packed = dense_linear(head.weight, head.bias, kernel if kernel in INSTRUCTIONS else "torch", bits)
     replace_module(model, name, packed if kernel in INSTRUCTIONS else linear_of(packed.weight, head.bias))
     # Whoever ties weights later finds none to tie.

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cli import log
 from ..errors import UserError
@@ -12,8 +12,8 @@ from ..models.checkpoint import load_tensors, save_tensors, waiting_beside
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap, check_zeros
-from ..packed.folder import VALUES, check_packable, write_packed
-from ..tensors.block_rounding import Rounded, round_in_blocks
+from ..packed.folder import HEAD_BITS, VALUES, Head, check_packable, write_packed
+from ..tensors.block_rounding import Rounded, round_dense, round_in_blocks
 from .layerwise import change_layers
 from .statistics import accumulating_hessians
 
@@ -28,21 +28,21 @@ def pack_calibrated(
     """
     check_packable(decoder.checkpoint, tier_map, map_path)
     with waiting_beside(target) as waiting:
-        file_of = _round_layers(decoder, tier_map, windows, batch_size, VALUES[values], waiting)
+        walk = LayerWalk(decoder, windows.split(batch_size))
+        file_of = _round_layers(walk, tier_map, len(windows), VALUES[values], waiting)
 
         def rounding(name: str, weight: Tensor, tiers: Tensor) -> Rounded:
             return Rounded(**load_tensors(file_of[name])[0])
 
-        return write_packed(decoder.checkpoint, tier_map, map_path, target, values, rounding)
+        head = _round_head(walk, len(windows))
+        return write_packed(decoder.checkpoint, tier_map, map_path, target, values, rounding, head)
 
 
 @torch.no_grad()
-def _round_layers(
-    decoder: Decoder, tier_map: TierMap, windows: Tensor, batch_size: int, bits: int, waiting: Path
-) -> dict[str, Path]:
+def _round_layers(walk: LayerWalk, tier_map: TierMap, samples: int, bits: int, waiting: Path) -> dict[str, Path]:
     """Name of each matrix -> the file in `waiting` with what it was rounded to: layers are walked in the order of the
     model, and packed in the order of their names."""
-    file_of: dict[str, Path] = {}
+    decoder, file_of = walk.decoder, dict[str, Path]()
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
         check_zeros(tier_map, name, weight.cpu(), decoder.checkpoint.folder)
@@ -56,7 +56,24 @@ def _round_layers(
         save_tensors(parts, file_of[name], {})
         return rounded.weight
 
-    gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
-    for _ in change_layers(LayerWalk(decoder, windows.split(batch_size)), "round", gather, make):
+    gather = {"hessian": partial(accumulating_hessians, samples=samples)}
+    for _ in change_layers(walk, "round", gather, make):
         pass
     return file_of
+
+
+def _round_head(walk: LayerWalk, samples: int) -> Head | None:
+    """The head, rounded for what it is given after the last layer; None where it is no linear."""
+    decoder = walk.decoder
+    head = decoder.model.get_output_embeddings()
+    name = next((name for name, module in decoder.model.named_modules() if module is head), None)
+    if not isinstance(head, nn.Linear):
+        return None
+    with accumulating_hessians({name: head}, samples) as hessians:
+        for _ in walk.logits(head_of_tokens=True):
+            pass
+    stored = decoder.stored[f"{name}.weight"]
+    weight = decoder.checkpoint.tensors([stored])[stored].to(decoder.device)
+    tied = list(decoder.stored.values()).count(stored) > 1
+    rounded = round_dense(weight, HEAD_BITS, hessians.get(name), name)
+    return Head(name if tied else stored.removesuffix(".weight"), rounded)

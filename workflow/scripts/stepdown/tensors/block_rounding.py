@@ -11,7 +11,7 @@ What is zero stays zero. Under a Hessian H of the inputs, columns are rounded fr
 up for it (`quantisation.gptq` has the source).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ LARGEST_8, LEAST_4 = 127, -8
 STEP_FACTORS = (1.0, 0.95, 1.05, 1.1, 1.15)
 # Of a TopK block where the others have 4 bits: both kinds then reach as far from zero.
 TOP_K_MULTIPLE = 8
+# Rows of a dense matrix that are rounded together: those of a head are many, and in float32 meanwhile.
+ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ def round_in_blocks(
         codes = to_codes(blocks, steps[..., None], row_tiers[..., None], bits).flatten(1)[:, : weight.shape[1]]
         return Rounded(codes.contiguous(), multiples, scales)
     return _gptq(weight, row_tiers, scales, bits, hessian, name)
+
+
+def round_dense(weight: Tensor, bits: int, hessian: Tensor | None = None, name: str = "matrix") -> Rounded:
+    """The same of a weight [out, in] that has no tiers, as if all its blocks were Dense, some rows at a time."""
+    blocks = [-(-size // BLOCK_SIZE) for size in (min(len(weight), ROWS_AT_ONCE), weight.shape[1])]
+    tiers = torch.full(blocks, Tier.DENSE, dtype=torch.uint8)
+    pieces = [round_in_blocks(rows, tiers, bits, hessian, name) for rows in weight.split(ROWS_AT_ONCE)]
+    return Rounded(*(torch.cat([getattr(piece, field.name) for piece in pieces]) for field in fields(Rounded)))
 
 
 def _gptq(weight: Tensor, row_tiers: Tensor, scales: Tensor, bits: int, hessian: Tensor, name: str) -> Rounded:
