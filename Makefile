@@ -23,8 +23,9 @@ run: setup
 	@echo
 	@echo "the report with all figures: results/report.html"
 
+# In two processes, each with one thread.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

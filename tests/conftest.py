@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def pytest_configure() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs the whole workflow first, while another has tests that do not look at it."""
+    items.sort(key=lambda item: item.path.name != "test_imports.py")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference results, texts and models beside the project; tests that need them skip where they are missing."""
@@ -40,10 +46,17 @@ def golden(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which the whole workflow has run once, undisturbed; for looking only."""
+    """A project in which the whole workflow has run once, undisturbed; for looking only, by all processes of a test
+    run."""
     from projects import make_project, snakemake
 
-    folder = make_project(tmp_path_factory.mktemp("project"))
-    finished = snakemake(folder)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / "project", base / "project-has-run"
+    with (base / "project.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            finished = snakemake(make_project(folder))
+            assert finished.returncode == 0, finished.stderr[-3000:]
+            done.touch()
     return folder
