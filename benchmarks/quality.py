@@ -5,12 +5,11 @@
     python benchmarks/quality.py steps --configfile mine.yaml --learning-rates 5.0e-4 --seeds 0 1 2
 
 Tables: `ingredients`, one shot without training, by what chooses the blocks; `two-of-four`, every matrix 2:4, by us and
-by SparseGPT; `steps`, iterations against one shot at as many tokens, with masks that move and without, and the dense
-model finetuned on the same. What stands in --configfile (model, texts, sizes, schedule; name files by absolute paths)
-is the same for all; to choose by one text and report another, let `evaluation.texts` name both. A variant is an overlay
-over it, and a folder for each seed in which an interrupted table goes on; folders of one seed start as copies of the
-first, so that what variants share is made once. The table has means, and half of the range where there are several
-seeds; quality.csv every figure.
+by SparseGPT; `steps`, iterations against one shot at as many tokens, and the dense model finetuned on the same. What
+stands in --configfile (model, texts, sizes, schedule; name files by absolute paths) is the same for all; to choose by
+one text and report another, let `evaluation.texts` name both. A variant is an overlay over it, and a folder for each
+seed in which an interrupted table goes on; folders of one seed start as copies of the first, so that what variants
+share is made once. The table has means, and half of the range where there are several seeds; quality.csv every figure.
 """
 
 import argparse
@@ -34,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE_SHOT = "oneshot/three-tier"
 UNTOUCHED = {"sort_channels": False, "refit": False, "reconstruction": {"enabled": False}}
 PUBLISHED_CHOICE = {"sort_channels": False, "pruning": {"cost": "wanda", "shared_over": "matrix"}}
-REGROWTH = {"every": 4}
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,11 @@ def two_of_four(rows: list[Row]) -> list[Variant]:
 
 
 def steps(rows: list[Row]) -> list[Variant]:
-    """The last row in one shot and by all rows, each as it is configured and with masks that move."""
-    both, last, epochs = (ONE_SHOT, f"iter{len(rows)}"), f"iter{len(rows)}", sum(row.epochs for row in rows)
+    """The last row in one shot and by all rows."""
+    both, epochs = (ONE_SHOT, f"iter{len(rows)}"), sum(row.epochs for row in rows)
     dense = UNTOUCHED | {"recovery": {"distill": {"weight": 0.0}}}
     return [
-        Variant("masks stay", {"recovery": {"regrowth": {"every": 0}}}, both),
-        Variant("masks move", {"recovery": {"regrowth": REGROWTH}}, both),
-        Variant("masks move from before", {"recovery": {"regrowth": REGROWTH | {"start": "before"}}}, both),
-        Variant("looking ahead", {"recovery": {"look_ahead": 1.0}}, (last,)),
+        Variant("as configured", {}, both),
         Variant("dense, finetuned", dense, ("iter1",), (("1", "0", "0", epochs),)),
     ]
 

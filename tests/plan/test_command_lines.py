@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepdown.plan.command_lines import flags, mask_options, one_schedule_options, recovery_options, text_words
+from stepdown.plan.command_lines import flags, one_schedule_options, recovery_options, text_words
 from stepdown.plan.schedule import Row
 
 RECOVERY = {
@@ -14,8 +14,6 @@ RECOVERY = {
     "one_schedule": True,
     "distill": {"weight": 0.9, "temperature": 1.0},
     "lora": {"rank": 4, "keep_adapter": True},
-    "regrowth": {"every": 5, "share": 0.75, "start": "before"},
-    "look_ahead": 2.0,
 }
 ROW = Row(1, "0.9", "0.1", "0", 1, "0.1", "0")
 SCHEDULE = [replace(ROW, iteration=number) for number in (1, 2, 3)]
@@ -53,16 +51,6 @@ def test_one_schedule_goes_over_the_iterations(number, schedule, before, after):
     assert options.get("warmup_steps") == (0 if before else None)
     for option, step in (("optimizer", before), ("output_optimizer", after)):
         assert options.get(option) == (f"results/{step}/optimizer.safetensors" if step else None)
-
-
-def test_how_masks_move_is_told_where_they_do():
-    assert mask_options(RECOVERY, "wanda", None, None, None) == {}
-    chosen_by = {"calibration": "c", "selection": "wanda", "model_before": None}
-    moving = {"regrow_every": 5, "regrow_share": 0.75}
-    assert mask_options(RECOVERY, "wanda", "c", "before", None) == chosen_by | moving | {"model_before": "before"}
-    staying = RECOVERY | {"regrowth": {"every": 0, "start": "zero"}}
-    ahead = {"look_ahead": 2.0, "next_shares": ["0.9", "0.1", "0"]}
-    assert mask_options(staying, "wanda", "c", None, ROW) == chosen_by | ahead
 
 
 def test_what_was_not_trained_hands_nothing_on():

@@ -166,25 +166,6 @@ def test_shards_want_several_processes():
     )
 
 
-@pytest.mark.parametrize("asked", [{"regrowth": {"every": 5}}, {"look_ahead": 2.0}], ids=["regrowth", "look_ahead"])
-@pytest.mark.parametrize(
-    ("key", "other", "value", "apart"),
-    [
-        ("recovery.memory: low", "memory", "low", {"regrowth", "look_ahead"}),
-        ("recovery.sharded: true", "sharded", True, {"regrowth"}),
-        ("recovery.early_stopping", "early_stopping", 3, {"look_ahead"}),
-        ("pruning.target", "target", {"sparsity": 0.6}, {"look_ahead"}),
-    ],
-)
-def test_what_masks_that_move_do_not_go_with(asked, key, other, value, apart):
-    told = {"recovery": asked | {"processes": 2}, "pruning": {}}
-    told[key.partition(".")[0]][other] = value
-    if apart & asked.keys():
-        assert f"which does not go with {key}; write 0" in error_of(preflight.check_inputs, complete(told))
-        told["recovery"]["method"] = "lora"
-    preflight.check_moving_masks(complete(told))
-
-
 @pytest.mark.parametrize(
     ("other", "told"),
     [

@@ -46,8 +46,6 @@ def test_the_shipped_configuration_of_a_7b_model_fits_a_gpu_of_80_gb():
     [
         ("7 B", {}, "takes 147.0 GB of a GPU, there are 80.0: set memory: low"),
         ("7 B", {"gradient_checkpointing": False}, "set gradient_checkpointing: true, memory: low"),
-        ("7 B", {"regrown": True}, "takes 172.9 GB of a GPU, there are 80.0: set regrowth.every: 0, memory: low"),
-        ("7 B", {"looks_ahead": True}, "takes 153.5 GB of a GPU, there are 80.0: set look_ahead: 0, memory: low"),
         ("13 B", {"memory": "low"}, "set batch_size: 1, method: lora"),
         ("70 B", {}, "set memory: low, batch_size: 1, method: lora, processes: 8, sharded: true"),
         ("70 B", {"processes": 8, "sharded": True, "memory": "low"}, "set batch_size: 1, method: lora"),

@@ -82,26 +82,21 @@ def results_folder(wildcards, output):
 
 def recovery_flags(wildcards, input, output):
     """How a step is finetuned."""
-    teacher, before = (model_of(index) if index else None for index in (input.teacher, input.before))
-    return recovery_words(wildcards, results_folder(wildcards, output), teacher, input.calibration or None, before)
+    teacher = model_of(input.teacher) if input.teacher else None
+    return recovery_words(wildcards, results_folder(wildcards, output), teacher)
 
 
 def recovery_settings(wildcards):
     """The same with stand-ins for files: what is made of inputs or outputs is no reason to Snakemake to run anew."""
-    teacher, before = (distills(wildcards) and "teacher", regrows_from_before(wildcards) and "before")
-    calibration = "calibration" if chooses_while_training(wildcards) else None
-    return recovery_words(wildcards, "results", teacher or None, calibration, before or None)
+    return recovery_words(wildcards, "results", "teacher" if distills(wildcards) else None)
 
 
-def recovery_words(wildcards, results, teacher, calibration, before):
+def recovery_words(wildcards, results, teacher):
     step, recovery = wildcards.step, config["recovery"]
     one_schedule = {}
     if recovery["one_schedule"] and step.startswith("iter"):
         one_schedule = command_lines.one_schedule_options(SCHEDULE, row(step), recovery["method"], results)
-    moving = command_lines.mask_options(
-        *(recovery, config["pruning"]["selection"], calibration, before, row_ahead(wildcards))
-    )
-    return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule) | moving)
+    return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule))
 
 
 def measured(wildcards, input):

@@ -256,8 +256,6 @@ rule finetune:
         model=model_to_finetune,
         masks=masks_of,
         teacher=branch(distills, then=base_model_of),
-        calibration=branch(chooses_while_training, then=of_statistics("calibration")),
-        before=branch(regrows_from_before, then=model_before),
     output:
         model="results/{step}/finetuned_model/model.safetensors.index.json",
         training="results/{step}/training.json",

@@ -110,33 +110,6 @@ def distills(wildcards):
     return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
 
 
-def regrows(wildcards):
-    """Whether a step's masks are chosen anew while it trains."""
-    return config["recovery"]["regrowth"]["every"] > 0 and has_moving_masks(wildcards)
-
-
-def has_moving_masks(wildcards):
-    """Whether a step has tiers, and trains all its weights."""
-    return config["recovery"]["method"] == "full" and not is_run(wildcards.step) and epochs(wildcards) > 0
-
-
-def regrows_from_before(wildcards):
-    """Whether what is pruned starts from what it was before."""
-    return regrows(wildcards) and config["recovery"]["regrowth"]["start"] == "before"
-
-
-def row_ahead(wildcards):
-    """The row that a step looks ahead to; None in the last, and where it does not look."""
-    if not (config["recovery"]["look_ahead"] and wildcards.step.startswith("iter") and has_moving_masks(wildcards)):
-        return None
-    number = row(wildcards.step).iteration
-    return SCHEDULE[number] if number < len(SCHEDULE) else None
-
-
-def chooses_while_training(wildcards):
-    return regrows(wildcards) or row_ahead(wildcards) is not None
-
-
 def epochs(wildcards):
     """Epochs of finetuning after a step."""
     return config["oneshot_epochs"] if is_run(wildcards.step) else row(wildcards.step).epochs

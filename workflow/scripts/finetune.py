@@ -18,11 +18,9 @@ from stepdown.models.decoder import choose_device, open_decoder
 from stepdown.models.linears import as_linears_
 from stepdown.models.step_masks import StoredMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
-from stepdown.models.tier_maps import read_tier_map
 from stepdown.plan.training_memory import check_memory, read_model_size
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
 from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, MEMORY, METHODS, RecoverySettings
-from stepdown.tensors.saliency import SELECTIONS
 from stepdown.text import parse_text, training_windows
 
 # Imported where a model is trained: zero epochs do not wait for them.
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stepdown.recover.recovery import Recovery
-    from stepdown.recover.regrowth import Blocks
 
 # Enough to tell checkpoints apart, few enough that an evaluation is short beside the steps between two.
 EVALUATION_WINDOWS = 32
@@ -52,7 +49,6 @@ def main(arguments: argparse.Namespace) -> None:
     settings = RecoverySettings(**{field.name: getattr(arguments, field.name) for field in fields(RecoverySettings)})
     if settings.distill_weight > 0 and arguments.teacher is None:
         raise UserError("--distill-weight: there is no teacher to learn from; name its folder with --teacher")
-    _check_tiers_are_known(arguments)
     device = choose_device(arguments.device, settings.processes).type
     check_processes(settings.processes, device)
     windows, evaluation_windows = _read_text(arguments, step.iteration)
@@ -61,10 +57,8 @@ def main(arguments: argparse.Namespace) -> None:
     inputs = [arguments.masks, arguments.model / "config.json", *weight_files(arguments.model)]
     if settings.distill_weight > 0:
         inputs += weight_files(arguments.teacher)
-    inputs += [path for path in (arguments.optimizer, arguments.calibration) if path]
-    inputs += weight_files(arguments.model_before) if arguments.model_before else []
-    chosen_by = (settings, arguments.selection, arguments.next_shares)
-    started_from = fingerprint(chosen_by, (windows, evaluation_windows), cli.progress(inputs, "hash"))
+    inputs += [arguments.optimizer] if arguments.optimizer else []
+    started_from = fingerprint(settings, (windows, evaluation_windows), cli.progress(inputs, "hash"))
     with training_state(arguments.state, started_from) as state:
         last_checkpoint(state)  # Removes what is unfinished, before several processes look there.
         run_in_processes(_finetune, settings.processes, arguments, settings, windows, evaluation_windows, state, device)
@@ -104,8 +98,6 @@ def _finetune(
         tensorboard=arguments.tensorboard,
         adapter=arguments.output_adapter,
         keep_moments=arguments.output_optimizer is not None,
-        blocks=_blocks(arguments, stored) if settings.regrow_every else None,
-        fading=_fading(arguments, checkpoint, stored, device, rows) if settings.look_ahead else None,
         read=read,
     )
     if arguments.output_optimizer:
@@ -178,52 +170,6 @@ def _read_moments(path: Path | None, rows: Callable[[int], slice] = _all_rows) -
     return load_tensors(path, rows)[0] if path else {}
 
 
-def _check_tiers_are_known(arguments: argparse.Namespace) -> None:
-    """What the blocks of a model may keep, and what the next iteration drops, follows from a tier map."""
-    for option, value in (("--regrow-every", arguments.regrow_every), ("--look-ahead", arguments.look_ahead)):
-        if value and (arguments.masks.suffix == ".json" or arguments.calibration is None):
-            raise UserError(f"{option}: name a tier map with --masks, and what calibrate.py wrote with --calibration")
-    if arguments.look_ahead and not arguments.next_shares:
-        raise UserError(
-            "--look-ahead: there is nothing to look ahead to; name the next row's shares with --next-shares"
-        )
-
-
-def _blocks(arguments: argparse.Namespace, stored: dict[str, str]) -> "dict[str, Blocks]":
-    """The blocks of every linear, by the model's own names."""
-    from stepdown.prune.calibration import read_calibration
-    from stepdown.recover.regrowth import Blocks
-
-    tier_map = read_tier_map(arguments.masks)
-    norms = read_calibration(arguments.calibration, tier_map, with_gradients=False).squared_norms
-    before = Checkpoint(arguments.model_before) if arguments.model_before else None
-    own, blocks = _own_names(stored), {}
-    for name, tiers in tier_map.tiers.items():
-        chosen_by = norms[name] if arguments.selection == "wanda" else None
-        start = before.matrix(name) if before else None
-        blocks[own[name]] = Blocks(tiers, tier_map.block_size, tier_map.k, chosen_by, start)
-    return blocks
-
-
-def _fading(
-    arguments: argparse.Namespace,
-    checkpoint: Checkpoint,
-    stored: dict[str, str],
-    device: str,
-    rows: Callable[[int], slice],
-) -> dict[str, Tensor]:
-    """What the next iteration would drop, those rows of it, by the model's own names."""
-    from stepdown.prune.calibration import read_calibration
-    from stepdown.recover.look_ahead import weights_to_go
-
-    tier_map = read_tier_map(arguments.masks)
-    calibration = read_calibration(arguments.calibration, tier_map, tier_map.cost == "fisher")
-    how = (tuple(arguments.next_shares), calibration, arguments.selection, torch.device(device))
-    own = _own_names(stored)
-    going = weights_to_go(checkpoint, tier_map, *how)
-    return {own[name]: weights[rows(len(weights))].clone() for name, weights in going}
-
-
 def _own_names(stored: dict[str, str]) -> dict[str, str]:
     """Name of a matrix in the checkpoint -> the model's own of its linear."""
     return {name.removesuffix(".weight"): own.removesuffix(".weight") for own, name in stored.items()}
@@ -289,12 +235,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder of a training in progress; gone at the end")
     parser.add_argument("--teacher", type=Path, help="folder of the dense model, to distill from")
-    parser.add_argument(
-        "--calibration", type=Path, help="where masks are chosen: what calibrate.py wrote for this step"
-    )
-    parser.add_argument("--selection", choices=SELECTIONS, default="wanda", help="what decides inside a block")
-    parser.add_argument("--model-before", type=Path, help="folder that pruned weights start from when masks move")
-    parser.add_argument("--next-shares", nargs=3, help="Dense, 2:4 and TopK after the next iteration, to look ahead to")
     parser.add_argument("--optimizer", type=Path, help="moments of the step before, to go on with")
     parser.add_argument("--output-optimizer", type=Path, help="file for the optimizer's moments after the last step")
     parser.add_argument("--tensorboard", type=Path, help="folder for learning curves as TensorBoard reads them")

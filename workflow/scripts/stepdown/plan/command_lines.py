@@ -29,32 +29,13 @@ def recovery_options(recovery: dict, step_folder: str, teacher: str | None, one_
     recovery: that section of the configuration; teacher: the model to learn from as well, if any; one_schedule: what
     `one_schedule_options` says of the step.
     """
-    apart = ("text", "lora", "distill", "one_schedule", "regrowth", "look_ahead")
+    apart = ("text", "lora", "distill", "one_schedule")
     options = {key: value for key, value in recovery.items() if key not in apart} | one_schedule
     if recovery["method"] == "lora":
         options |= {f"lora_{key}": value for key, value in recovery["lora"].items() if key != "keep_adapter"}
         options |= {"output_adapter": f"{step_folder}/adapter"} if recovery["lora"]["keep_adapter"] else {}
     if teacher:
         options |= {f"distill_{key}": value for key, value in recovery["distill"].items()} | {"teacher": teacher}
-    return options
-
-
-def mask_options(
-    recovery: dict, selection: str, calibration: str | None, before: str | None, ahead: Row | None
-) -> dict:
-    """How the masks of a step move while it trains, and what it lets fade.
-
-    calibration: of the step, None where neither happens; before: folder of the model that pruned weights start from, if
-    not from zero; ahead: the row that the step looks ahead to, if any.
-    """
-    if calibration is None:
-        return {}
-    options = {"calibration": calibration, "selection": selection, "model_before": before}
-    regrowth = recovery["regrowth"]
-    if regrowth["every"]:
-        options |= {f"regrow_{key}": value for key, value in regrowth.items() if key != "start"}
-    if ahead:
-        options |= {"look_ahead": recovery["look_ahead"], "next_shares": [ahead.dense, ahead.mid_2_4, ahead.topk]}
     return options
 
 

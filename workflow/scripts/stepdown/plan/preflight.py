@@ -160,7 +160,6 @@ def check_inputs(config: dict) -> None:
         raise UserError("config key recovery.sharded: found true with one process; raise recovery.processes")
     if config["recovery"]["memory"] == "low" and not config["recovery"]["bf16"]:
         raise UserError("config key recovery.memory: found low, which computes in bfloat16; set recovery.bf16: true")
-    check_moving_masks(config)
     check_packed(config)
     tasks = config["zero_shot"]["task_folder"]
     if tasks:
@@ -264,28 +263,6 @@ def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
             raise UserError(f"config key recovery.lora.targets: found {target!r}; {folder} has {known}, or all-linear")
 
 
-def check_moving_masks(config: dict) -> None:
-    """What masks that move and looking ahead do not go with; with LoRA neither happens."""
-    recovery = config["recovery"]
-    little = ("recovery.memory: low", recovery["memory"] == "low")
-    apart = {
-        "regrowth.every": [little, ("recovery.sharded: true", recovery["sharded"])],
-        # A target takes the place of the shares that the next row has.
-        "look_ahead": [
-            little,
-            ("recovery.early_stopping", recovery["early_stopping"] > 0),
-            ("pruning.target", config["pruning"]["target"] is not None),
-        ],
-    }
-    asked = {"regrowth.every": recovery["regrowth"]["every"], "look_ahead": recovery["look_ahead"]}
-    for key, others in apart.items():
-        for other, given in others:
-            if recovery["method"] == "full" and asked[key] and given:
-                raise UserError(
-                    f"config key recovery.{key}: found {asked[key]}, which does not go with {other}; write 0"
-                )
-
-
 def check_packed(config: dict) -> None:
     """`UserError` where packed models are to be measured and there is none, or none that can be packed."""
     if not config["speed"]["packed"]:
@@ -305,10 +282,8 @@ def check_training_memory(recovery: dict, folder: Path) -> None:
     if found and visible_gpus() and (size := read_model_size(folder)):
         same = ("method", "memory", "batch_size", "sequence_length", "processes", "sharded", "gradient_checkpointing")
         values = {name: recovery[name] for name in same}
-        values |= {"distilled": recovery["distill"]["weight"] > 0, "lora_rank": recovery["lora"]["rank"]}
-        if recovery["method"] == "full":
-            values |= {"regrown": recovery["regrowth"]["every"] > 0, "looks_ahead": recovery["look_ahead"] > 0}
-        check_memory(size, TrainingPlan(**values), found)
+        distilled, rank = recovery["distill"]["weight"] > 0, recovery["lora"]["rank"]
+        check_memory(size, TrainingPlan(distilled=distilled, lora_rank=rank, **values), found)
 
 
 def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_length: int) -> None:

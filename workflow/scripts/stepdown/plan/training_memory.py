@@ -16,8 +16,6 @@ WEIGHT = {"full": 4, "low": 2}
 GRADIENT = {"full": 4, "low": 2}
 MOMENTS = {"full": 8, "low": 4}
 MASK = {"full": 1, "low": 1 / 8}
-# What masks that move hold back, and which weights fade.
-HELD_BACK, FADING = 4, 1
 CAST = {"full": 2, "low": 0}
 TEACHER = 2
 # Bytes a token: of what waits between two checkpointed layers, by hidden size; of a layer's activations, by hidden and
@@ -66,8 +64,6 @@ class TrainingPlan:
     gradient_checkpointing: bool = False
     distilled: bool = True
     lora_rank: int = 8
-    regrown: bool = False
-    looks_ahead: bool = False
 
 
 def training_bytes(model: ModelSize, plan: TrainingPlan) -> dict[str, int]:
@@ -81,12 +77,11 @@ def training_bytes(model: ModelSize, plan: TrainingPlan) -> dict[str, int]:
     adapters = lora * plan.lora_rank * model.layers * (8 * model.hidden + 3 * (model.hidden + model.intermediate))
     copies = trained * GRADIENT[low] if plan.processes > 1 and not plan.sharded else 0
     whole = (2 * layer + 2 * head) * (WEIGHT[low] + TEACHER * plan.distilled) if shards > 1 else 0
-    mask = MASK[low] + HELD_BACK * plan.regrown + FADING * plan.looks_ahead
     parts = {
         "weights": model.parameters * WEIGHT[low] / shards,
         "teacher": model.parameters * TEACHER * plan.distilled / shards,
         # An adapter's are no parameters: each process has all of them.
-        "masks": model.matrices * mask / (1 if lora else shards),
+        "masks": model.matrices * MASK[low] / (1 if lora else shards),
         "gradients": trained * GRADIENT[low] / shards + copies,
         "moments": trained * MOMENTS[low] / shards,
         "adapters": adapters * ADAPTER / shards,
@@ -163,9 +158,6 @@ def advice(model: ModelSize, plan: TrainingPlan, found: int) -> str:
     """The least that must change for a training to fit into `found` bytes of each GPU."""
     less = {
         "gradient_checkpointing: true": {"gradient_checkpointing": True},
-        "regrowth.every: 0": {"regrown": False},
-        "look_ahead: 0": {"looks_ahead": False},
-        # Only without these two.
         "memory: low": {"memory": "low"},
         "batch_size: 1": {"batch_size": 1},
         "method: lora": {"method": "lora"},

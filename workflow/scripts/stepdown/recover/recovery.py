@@ -1,12 +1,11 @@
 """Finetuning under a keep mask, full or LoRA; knows nothing of where the mask comes from.
 
 `keep_masks` maps the name of a linear (without `.weight`) to its keep mask, bool [out, in]: True where the weight may
-change, False where it is zero and stays zero, or in blocks that choose anew until they no longer do.
+change, False where it is zero and stays zero.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from ..errors import UserError
 from .lora import add_masked_adapter, merge, save_adapter
 from .losses import use_chunked_cross_entropy_
 from .processes import is_first
-from .regrowth import Blocks, RegrowingTrainer, check_tiers
 from .settings import RecoverySettings, optimizer_of, training_arguments
 from .sharding import local, own_rows, shard_
 from .trainer import MaskedTrainer, ShardedTrainer, Windows, moments_of
@@ -42,7 +40,6 @@ class Recovery:
     steps: int
     tokens: int
     moments: dict[str, Tensor]
-    looked_ahead: bool = False
 
     @property
     def evaluations(self) -> dict[int, float]:
@@ -51,11 +48,11 @@ class Recovery:
 
     @property
     def best_step(self) -> int:
-        """Where the evaluation loss is lowest, first of all if equal; the last where training looked ahead.
+        """Where the evaluation loss is lowest, first of all if equal.
 
         0 says that training has not improved on the model it was given, which the caller should then keep instead.
         """
-        return self.steps if self.looked_ahead else min(self.evaluations, key=self.evaluations.__getitem__)
+        return min(self.evaluations, key=self.evaluations.__getitem__)
 
 
 def recover(
@@ -71,8 +68,6 @@ def recover(
     tensorboard: Path | None = None,
     adapter: Path | None = None,
     keep_moments: bool = False,
-    blocks: Mapping[str, Blocks] | None = None,
-    fading: Mapping[str, Tensor] | None = None,
     read: Callable[[nn.Module], None] | None = None,
 ) -> Recovery:
     """Finetune a model on windows of tokens, int64 [n, length], so that what the masks prune stays zero.
@@ -81,8 +76,7 @@ def recover(
     `state` is the folder `training_state` yields: training goes on from the last checkpoint in it. device: `cpu` or
     `cuda`; teacher: the dense model, where `distill_weight` is above 0; moments: of an optimizer to go on with;
     tensorboard: folder for the learning curves; adapter: folder for LoRA's, which is merged either way; keep_moments:
-    whether the optimizer is wanted too; blocks: of every masked linear, where `regrow_every` is above 0; fading: what
-    `look_ahead` lets fade, bool [out, in]; read: what gives a part of model and teacher its weights, where they are in
+    whether the optimizer is wanted too; read: what gives a part of model and teacher its weights, where they are in
     shards and on the meta device until then (`sharding.reader`); there the mappings have of every tensor this process's
     rows, but for LoRA's masks. Raises UserError when there is no text, when LoRA targets match nothing, and when the
     loss is not finite.
@@ -95,14 +89,12 @@ def recover(
         model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
     _place(model, teacher, settings.sharded, training.device, read)
-    trainer = _trainer_class(settings, blocks)(
+    trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
         # An adapter's own mask does all there is to do.
         keep_masks={} if settings.method == "lora" else keep_masks,
         distillation=settings.distillation(teacher),
         moments=moments,
         low_memory=settings.memory == "low",
-        fading=fading,
-        look_ahead=settings.look_ahead,
         model=model,
         args=training,
         train_dataset=Windows(windows),
@@ -111,11 +103,11 @@ def recover(
     )
     _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
     moments = moments_of(trainer) if keep_moments else {}
-    model = _finished(model, keep_masks, blocks, settings, adapter)
+    model = _finished(model, keep_masks, settings, adapter)
     log = _curve(trainer.state.log_history)
     tokens = trainer.state.global_step * settings.windows_per_step * windows.shape[1]
     tokens = min(tokens, settings.epochs * windows.numel())
-    return Recovery(model, log, trainer.state.global_step, tokens, moments, looked_ahead=settings.look_ahead > 0)
+    return Recovery(model, log, trainer.state.global_step, tokens, moments)
 
 
 def _check_texts(**windows: Tensor) -> None:
@@ -142,30 +134,15 @@ def _place(
 
 
 def _finished(
-    model: PreTrainedModel,
-    keep_masks: Mapping[str, Tensor],
-    blocks: Mapping[str, Blocks] | None,
-    settings: RecoverySettings,
-    adapter: Path | None,
+    model: PreTrainedModel, keep_masks: Mapping[str, Tensor], settings: RecoverySettings, adapter: Path | None
 ) -> PreTrainedModel:
     """What was trained as a model like the one before: its adapter merged, its zeros checked."""
     if settings.method == "lora":
         if adapter:
             save_adapter(model, adapter)
         model = merge(model)
-    if settings.regrow_every:
-        check_tiers(model, blocks)
-    else:
-        check_pruned_are_zero(model, keep_masks)
+    check_pruned_are_zero(model, keep_masks)
     return model
-
-
-def _trainer_class(settings: RecoverySettings, blocks: Mapping[str, Blocks] | None) -> Callable[..., MaskedTrainer]:
-    if settings.sharded:
-        return ShardedTrainer
-    if settings.regrow_every:
-        return partial(RegrowingTrainer, blocks, settings.regrow_every, settings.regrow_share, settings.regrow_decay)
-    return MaskedTrainer
 
 
 def check_pruned_are_zero(model: nn.Module, keep_masks: Mapping[str, Tensor]) -> None:

@@ -32,9 +32,7 @@ class RecoverySettings:
     `evaluation_steps` counts steps between evaluations, each of which is also a checkpoint to resume from;
     `early_stopping` counts evaluations without a new lowest loss after which training ends, 0 for never. `sharded`
     spreads the model over the processes, which otherwise each hold all of it. memory: `full` trains float32 weights,
-    `low` bfloat16 ones with `BFloat16AdamW`. For distillation see `distillation.Distillation`; for masks chosen anew
-    every `regrow_every` steps, 0 for never, `regrowth`; `look_ahead` is the decay of what the next iteration will drop,
-    0 for none, see there.
+    `low` bfloat16 ones with `BFloat16AdamW`. For distillation see `distillation.Distillation`.
     """
 
     epochs: int
@@ -56,10 +54,6 @@ class RecoverySettings:
     distill_weight: float = 0.0
     distill_temperature: float = 1.0
     distill_hidden_states: float = 0.0
-    regrow_every: int = 0
-    regrow_share: float = 0.75
-    regrow_decay: float = 3.0
-    look_ahead: float = 0.0
     memory: str = "full"
     gradient_checkpointing: bool = False
     early_stopping: int = 0
@@ -80,28 +74,13 @@ class RecoverySettings:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "distill_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        for name in (
-            "weight_decay",
-            "warmup_steps",
-            "seed",
-            "early_stopping",
-            "distill_hidden_states",
-            "regrow_every",
-            "regrow_decay",
-            "look_ahead",
-        ):
+        for name in ("weight_decay", "warmup_steps", "seed", "early_stopping", "distill_hidden_states"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         choices = {"method": METHODS, "memory": MEMORY, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
         for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
         self._require("memory", self.bf16 or self.memory == "full", "full, or bf16, in which low computes")
         self._require("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1")
-        self._require("regrow_share", 0 < self.regrow_share <= 1, "above 0 and at most 1")
-        # In bfloat16 what fades a little at a time would be rounded back, and masks in bits cannot be chosen anew.
-        in_float32 = self.method == "full" and self.memory == "full"
-        moves, looks = in_float32 and not self.sharded, in_float32 and self.early_stopping == 0
-        self._require("regrow_every", self.regrow_every == 0 or moves, "0 with LoRA, sharded or memory low")
-        self._require("look_ahead", self.look_ahead == 0 or looks, "0 with LoRA, early_stopping or memory low")
         self._require("sharded", self.processes > 1 or not self.sharded, "several processes, or no")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
 
@@ -118,9 +97,7 @@ class RecoverySettings:
         """What of it memory depends on."""
         same = ("method", "memory", "batch_size", "processes", "sharded", "gradient_checkpointing", "lora_rank")
         values = {name: getattr(self, name) for name in same}
-        kinds = {"distilled": self.distill_weight, "regrown": self.regrow_every, "looks_ahead": self.look_ahead}
-        values |= {kind: value > 0 for kind, value in kinds.items()}
-        return TrainingPlan(sequence_length=sequence_length, **values)
+        return TrainingPlan(sequence_length=sequence_length, distilled=self.distill_weight > 0, **values)
 
     def distillation(self, teacher: nn.Module | None) -> "Distillation | None":
         """How to learn from the teacher, if at all."""
@@ -163,8 +140,7 @@ def training_arguments(settings: RecoverySettings, state: Path, device: str) -> 
         save_strategy="steps",
         save_steps=settings.evaluation_steps,
         save_total_limit=settings.checkpoints_kept,
-        # What looks ahead is at its best for the next iteration, not for the text, and that is at the end.
-        load_best_model_at_end=settings.look_ahead == 0,
+        load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         # Every step: a loss that is not finite is seen at once, and a resumed run logs what an undisturbed one does.
         logging_steps=1,

@@ -16,7 +16,6 @@ from ..files import SINGLE_FILE_NAME
 from ..models.checkpoint import load_tensors, save_tensors
 from ..tensors.masks import as_bits, from_bits
 from .distillation import Distillation
-from .look_ahead import left_after
 from .sharding import beside, load_optimizer, load_weights, local, own_parameters, save_optimizer, save_weights
 from .training_callbacks import Bar, FiniteLoss
 
@@ -50,13 +49,10 @@ class MaskedTrainer(Trainer):
         distillation: Distillation | None = None,
         moments: Mapping[str, Tensor] | None = None,
         low_memory: bool = False,
-        fading: Mapping[str, Tensor] | None = None,
-        look_ahead: float = 0.0,
         **arguments,
     ) -> None:
-        """Of arguments, those of a Trainer; low_memory: hold a bit of a mask for each weight, and not a byte; fading:
-        which weights fade, bool [out, in] by name of a linear, until exp(-look_ahead) is left of them. Masks, moments
-        and fading of a model in shards: of each the rows that this process has."""
+        """Of arguments, those of a Trainer; low_memory: hold a bit of a mask for each weight, and not a byte. Masks and
+        moments of a model in shards: of each the rows that this process has."""
         super().__init__(**arguments)
         self._moments = moments or {}
         self._distillation = distillation
@@ -65,16 +61,10 @@ class MaskedTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
         self._bits = low_memory
         self._masked = self._beside_weights((name, keep) for name, keep in keep_masks.items() if not keep.all())
-        self._fading, self._look_ahead = self._beside_weights((fading or {}).items()), look_ahead
         self.remove_callback(PrinterCallback)
         self.add_callback(FiniteLoss())
         if sys.stderr.isatty():
             self.add_callback(Bar())
-
-    @property
-    def step_number(self) -> int:
-        """Of the step that is being taken, counted from 1."""
-        return self.state.global_step + 1
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self._distillation is None or not model.training:
@@ -93,7 +83,6 @@ class MaskedTrainer(Trainer):
 
     def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments, **keywords)
-        optimizer.register_step_post_hook(self._fade_weights)
         optimizer.register_step_post_hook(self._mask_weights)
         for name, parameter in self.model.named_parameters():
             state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
@@ -144,12 +133,6 @@ class MaskedTrainer(Trainer):
     def _mask_weights(self, *_) -> None:
         for weight, keep in self._masked.values():
             mask_(weight, keep)
-
-    @torch.no_grad()
-    def _fade_weights(self, *_) -> None:
-        lost = 1 - left_after(self.step_number, self.state.max_steps, self._look_ahead)
-        for weight, fading in self._fading.values():
-            local(weight).sub_(local(weight) * fading, alpha=lost)
 
 
 def mask_(tensor: Tensor, mask: Tensor) -> None:

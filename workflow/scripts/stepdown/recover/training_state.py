@@ -20,10 +20,7 @@ from torch import Tensor
 from ..errors import UserError
 
 # The code that trains.
-TRAINING = (
-    *("recovery", "settings", "trainer", "losses", "bf16_adamw"),
-    *("distillation", "lora", "regrowth", "look_ahead", "sharding"),
-)
+TRAINING = ("recovery", "settings", "trainer", "losses", "bf16_adamw", "distillation", "lora", "sharding")
 
 
 def fingerprint(settings: object, windows: Iterable[Tensor], files: Iterable[Path]) -> str:
