@@ -26,8 +26,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs the whole workflow first, while another has tests that do not look at it."""
-    items.sort(key=lambda item: item.path.name != "test_imports.py")
+    """What takes longest goes first: one process runs the whole workflow, while another one only plans it."""
+    first = ("test_imports.py", "test_workflow_plan.py")
+    items.sort(key=lambda item: (item.path.name not in first, item.path.parent.name != "workflow"))
 
 
 @pytest.fixture(scope="session")
