@@ -380,9 +380,11 @@ def figure(points: dict[str, tuple[float, float]], x_label: str, y_label: str, l
     axes = drawn.subplots()
     for name, (x, y) in points.items():
         axes.plot(x, y, "o", color=colour_of(name))
-        # Models of the same bytes are often as fast: one name above, one below.
-        place = (6, -12) if name.startswith("llama.cpp") else (6, 4)
+        # Models of the same bytes are often as fast, or as good: one name above, one below, ours to the left.
+        places = {"llama.cpp": (6, -12), "three-tier": (-8, -4)}
+        place = next((place for start, place in places.items() if name.startswith(start)), (6, 4))
         look = {"xytext": place, "textcoords": "offset points", "path_effects": drawing.HALO}
+        look["horizontalalignment"] = "left" if place[0] > 0 else "right"
         axes.annotate(name, (x, y), color=colour_of(name), fontsize=9, **look)
     if logarithmic:
         axes.set_yscale("log")
