@@ -1,6 +1,5 @@
 """What several test files share."""
 
-import fcntl
 import os
 from pathlib import Path
 
@@ -47,17 +46,10 @@ def golden(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project in which the whole workflow has run once, undisturbed; for looking only, by all processes of a test
-    run."""
+    """A project in which the whole workflow has run once, undisturbed; for looking only."""
     from projects import make_project, snakemake
 
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, done = base / "project", base / "project-has-run"
-    with (base / "project.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            finished = snakemake(make_project(folder))
-            assert finished.returncode == 0, finished.stderr[-3000:]
-            done.touch()
+    folder = make_project(tmp_path_factory.mktemp("project"))
+    finished = snakemake(folder)
+    assert finished.returncode == 0, finished.stderr[-3000:]
     return folder
