@@ -14,6 +14,7 @@ from stepdown.packed.format import pack, unpack
 from stepdown.packed.linear import ThreeTierLinear, dense_linear
 from stepdown.packed.model import load_packed
 from stepdown.plan.runs import parse_run
+from stepdown.prune.calibrated_packing import pack_calibrated
 from stepdown.prune.calibration import squared_input_norms
 from stepdown.prune.methods import method_names
 from stepdown.prune.oneshot import prune_layers
@@ -167,12 +168,15 @@ def test_pruning_in_one_shot(name, model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["auto", "torch"])
-def test_a_packed_model(kernel, model, tmp_path, gpu):
+@pytest.mark.parametrize(("kernel", "values"), [("auto", "bf16"), ("torch", "bf16"), ("torch", "int8")])
+def test_a_packed_model(kernel, values, model, tmp_path, gpu):
     checkpoint = Checkpoint(model)
     shapes = {name: checkpoint.shape(f"{name}.weight") for name in open_decoder(model, "cpu").linears()}
     tier_map = dense_tier_map(shapes, 16, 10, checkpoint.identity()["base_model"])
-    write_packed(checkpoint, tier_map, "map", tmp_path / "packed")
+    if values == "bf16":
+        write_packed(checkpoint, tier_map, "map", tmp_path / "packed")
+    else:
+        pack_calibrated(open_decoder(model, "cuda"), tier_map, "map", WINDOWS, 2, values, tmp_path / "packed")
     packed = load_packed(tmp_path / "packed", kernel, "cuda")
     dense = load_whole(model, "cpu").bfloat16()
     theirs = dense(WINDOWS[:1, :6]).logits.float()

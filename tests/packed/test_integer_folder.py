@@ -215,6 +215,17 @@ def test_a_weight_that_is_not_finite(tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
+def test_a_head_that_is_not_finite(tmp_path):
+    _, tier_map = prune_by_magnitude(make_model("llama", tmp_path / "base"), tmp_path)
+    tensors = load_file(tmp_path / "model/rest.safetensors")
+    tensors["lm_head.weight"][7, 7] = torch.inf
+    save_file(tensors, tmp_path / "model/rest.safetensors", {"format": "pt"})
+    decoder, windows = open_decoder(tmp_path / "model", "cpu"), torch.ones(1, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match="lm_head: a weight is NaN or infinite"):
+        pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 1, "int8", tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_the_script(bundled, tmp_path):
     folder = bundled[0]
     (tmp_path / "text.txt").write_text(TEXT * 20)

@@ -150,14 +150,14 @@ def test_without_a_compiler_torch_computes_and_says_so(compiler, reason, monkeyp
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("stepdown.cli.log.propagate", True)
-    cpu.library.cache_clear()
+    cpu.compiled_kernels.cache_clear()
     try:
         assert choose_kernel("auto", torch.device("cpu")) == "torch"
         assert reason in caplog.text and "in torch" in caplog.text
         with pytest.raises(UserError, match=f"avx2.*{reason}.*use 'torch'"):
             choose_kernel("avx2", torch.device("cpu"))
     finally:
-        cpu.library.cache_clear()
+        cpu.compiled_kernels.cache_clear()
 
 
 def test_kernels_are_built_once(monkeypatch, tmp_path):
@@ -184,7 +184,7 @@ def test_without_a_home_kernels_are_kept_for_the_process(monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see which libraries are loaded")
 def test_kernels_share_the_threads_of_torch():
     available("avx2")
-    code = "from stepdown.packed import cpu; cpu.library(); print(open('/proc/self/maps').read())"
+    code = "from stepdown.packed import cpu; cpu.compiled_kernels(); print(open('/proc/self/maps').read())"
     environment = os.environ | {"PYTHONPATH": str(Path(cpu.__file__).parents[2])}
     maps = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     libraries = {line.split()[-1] for line in maps.stdout.splitlines() if "libgomp" in line}

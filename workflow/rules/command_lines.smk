@@ -92,6 +92,7 @@ def recovery_settings(wildcards):
 
 
 def recovery_words(wildcards, results, teacher):
+    """results: the folder of all steps; teacher: the model to learn from as well, if any."""
     step, recovery = wildcards.step, config["recovery"]
     one_schedule = {}
     if recovery["one_schedule"] and step.startswith("iter"):

@@ -22,6 +22,8 @@ from .tensor_files import as_stored, dtype_of, load_tensors, read_part, save_ten
 
 # What stands in a checkpoint beside its weights and belongs to it.
 SIDE_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+# The shard of what belongs to no decoder layer.
+REST = "rest"
 
 
 class Checkpoint:
@@ -157,11 +159,21 @@ def _index_metadata(folder: Path) -> dict:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def is_finite(values: Tensor) -> bool:
+    return all(bound.isfinite() for bound in values.aminmax())
+
+
+def check_finite(folder: Path, name: str, weight: Tensor) -> None:
+    """Raises `UserError` if a weight of a checkpoint is NaN or infinite."""
+    if not is_finite(weight):
+        raise UserError(f"{folder}: {name}: a weight is NaN or infinite; copy or download the model again")
+
+
 def shard_of(name: str) -> str:
-    """The decoder layer a tensor belongs to ("model.layers.3"), found by the first number in its name; else "rest"."""
+    """The decoder layer a tensor belongs to ("model.layers.3"), found by the first number in its name; else `REST`."""
     parts = name.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
-    return "rest" if number is None else ".".join(parts[: number + 1])
+    return REST if number is None else ".".join(parts[: number + 1])
 
 
 def beside_layers(names: Iterable[str], used: Iterable[str]) -> list[str]:

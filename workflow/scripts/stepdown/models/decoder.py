@@ -184,6 +184,11 @@ def _names_of(model: nn.Module, wanted: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module is wanted]
 
 
+def head_name(model: nn.Module) -> str | None:
+    """The name of a model's output embeddings, if it has any."""
+    return next(iter(_names_of(model, model.get_output_embeddings())), None)
+
+
 def in_float32(decoder: Decoder) -> Decoder:
     """Another of the same model, which computes in float32 whatever its weights are stored in."""
     types = dict.fromkeys(decoder.types, torch.float32)
@@ -386,8 +391,7 @@ def _tables(decoder: Decoder, names: Sequence[str], with_head: bool) -> set[str]
 def loaded_before_layers(decoder: Decoder, batches: Sequence[Tensor]) -> Iterator[None]:
     """While open, all that a forward pass on these tokens asks for before it comes to the decoder layers is loaded: not
     the head."""
-    head = decoder.model.get_output_embeddings()
-    name = next(iter(_names_of(decoder.model, head)), None)
+    name = head_name(decoder.model)
     with loaded_around_layers(decoder, without=name and f"{name}.", batches=batches):
         yield
 

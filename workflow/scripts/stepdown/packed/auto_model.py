@@ -19,9 +19,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
+from ..models.checkpoint import REST
 from ..models.decoder import build_empty
 from ..models.linears import replace_module
-from .folder import QUANT_METHOD, REST, read_index
+from .folder import QUANT_METHOD, read_index
 from .linear import choose_kernel
 from .model import fill, name_tensors
 

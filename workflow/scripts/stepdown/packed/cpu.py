@@ -52,7 +52,7 @@ class CpuMultiply:
     `avx512` or `avx2`."""
 
     def __init__(self, matrix: PackedMatrix | IntegerMatrix, bias: Tensor | None, instructions: str):
-        self._library = library()
+        self._library = compiled_kernels()
         self.avx512 = int(instructions == "avx512")
         self._bias = bias
         self.unpack_from = UNPACK_FROM if torch.cpu._is_amx_tile_supported() else sys.maxsize
@@ -107,7 +107,7 @@ class CpuMultiply:
 
 def best_instructions() -> str:
     """The fastest set of instructions this machine has; raises `NoKernel` when it has none or nothing can be built."""
-    level = library().three_tier_instructions()
+    level = compiled_kernels().three_tier_instructions()
     for name, needed in sorted(INSTRUCTIONS.items(), key=lambda item: -item[1]):
         if level >= needed:
             return name
@@ -115,7 +115,7 @@ def best_instructions() -> str:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled_kernels() -> ctypes.CDLL:
     """The kernels, built if need be; raises `NoKernel` when there is no compiler or it cannot build them."""
     return load_library(build())
 

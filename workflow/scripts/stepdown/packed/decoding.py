@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cpu import CpuMultiply, library
+from .cpu import CpuMultiply, compiled_kernels
 
 # `model_type` of the families whose layers compute what decoder_layer.h does: norm, rotary attention, norm, gated MLP.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -62,7 +62,7 @@ class OneToken:
     """What a decoder is called with, and gives: one token's hidden states in C++, and others by itself."""
 
     def __init__(self, decoder: nn.Module):
-        self._decoder, self._own, self._decode = decoder, type(decoder).forward, library().decode_token
+        self._decoder, self._own, self._decode = decoder, type(decoder).forward, compiled_kernels().decode_token
         attention = decoder.layers[0].self_attn
         self._head_size = attention.head_dim
         self._key_heads = attention.k_proj.out_features // self._head_size

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..cli import progress
 from ..errors import UserError
 from ..files import read_json_object, safetensors_header, write_json
-from ..models.checkpoint import Checkpoint, load_tensors, new_folder, save_tensors, side_files
+from ..models.checkpoint import REST, Checkpoint, check_finite, load_tensors, new_folder, save_tensors, side_files
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
 from ..tensors.block_rounding import Rounded, round_in_blocks
 from ..tensors.blocks import grid_shape
@@ -32,8 +32,6 @@ FORMATS = "stepdown packed 1", FORMAT
 VALUES = {"bf16": None, "int8": 8, "int4": 4}
 # Of the head where kept weights are whole numbers, of 8 or 4.
 HEAD_BITS = 8
-# The shard of what belongs to no decoder layer.
-REST = "rest"
 INDEX_NAME = "packed.json"
 # By which transformers knows such a folder: `auto_model`.
 QUANT_METHOD = "stepdown"
@@ -77,7 +75,7 @@ def write_packed(
         config = read_json_object(checkpoint.folder / "config.json")
         config["quantization_config"] = {"quant_method": QUANT_METHOD, **marks}
         if head:
-            for section in (config, config.get("text_config", {})):
+            for section in (config, config.get("text_config") or {}):
                 section["tie_word_embeddings"] = False
         write_json(folder / "config.json", config)
         hashes = {}
@@ -196,8 +194,7 @@ def _pack_shard(
         weight, tiers = tensors.pop(f"{name}.weight"), tier_map.tiers[name]
         check_zeros(tier_map, name, weight, checkpoint.folder)
         if bits:
-            if not weight.isfinite().all():
-                raise UserError(f"{checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
+            check_finite(checkpoint.folder, name, weight)
             matrix = pack_integers(weight, rounding(name, weight, tiers), tiers, tier_map.k, bits)
         else:
             matrix = pack(weight.bfloat16(), tiers, tier_map.k)

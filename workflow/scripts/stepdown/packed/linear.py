@@ -12,7 +12,7 @@ from ..cli import log
 from ..errors import UserError
 from ..tensors.block_rounding import round_dense
 from ..tensors.blocks import grid_shape
-from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, library
+from .cpu import INSTRUCTIONS, CpuMultiply, NoKernel, best_instructions, compiled_kernels
 from .format import BLOCK_SIZE, PackedMatrix, pack, unpack
 from .integers import IntegerMatrix, as_floats, pack_integers
 
@@ -115,7 +115,7 @@ def _available(kernel: str) -> str:
         raise UserError(f"kernel {kernel!r}: not one of auto, {', '.join(KERNELS)}")
     if kernel in INSTRUCTIONS:
         try:
-            level = library().three_tier_instructions()
+            level = compiled_kernels().three_tier_instructions()
         except NoKernel as reason:
             raise UserError(f"kernel {kernel!r}: {reason}; use 'torch'") from None
         if level < INSTRUCTIONS[kernel]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cli import log, progress
 from ..errors import UserError
-from ..models.decoder import build_empty, choose_device, types_of
+from ..models.decoder import build_empty, choose_device, head_name, types_of
 from ..models.linears import as_linears_, linear_of, replace_module
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
@@ -76,7 +76,7 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
 
 def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
     """Put into a model what a packed folder holds, one decoder layer at a time, each checked; raises `UserError`."""
-    head = _head_name(model)
+    head = head_name(model)
     for file in progress(index["sha256"], "load"):
         tensors, matrices = read_shard(folder / file, index)
         own = {
@@ -96,18 +96,13 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
         log.info("single tokens go through the decoder in C++")
 
 
-def _head_name(model: nn.Module) -> str | None:
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
-
-
 def _pack_head(model: nn.Module, kernel: str, values: str) -> None:
     """A head that is stored as it was is Dense, and runs on the CPU's kernels as such. Where kept weights are whole
     numbers it has 8 bits, the nearest, whatever computes with it."""
     head, bits = model.get_output_embeddings(), None if VALUES[values] is None else HEAD_BITS
     if not isinstance(head, nn.Linear) or (kernel not in INSTRUCTIONS and bits is None):
         return
-    name = _head_name(model)
+    name = head_name(model)
     packed = dense_linear(head.weight, head.bias, kernel if kernel in INSTRUCTIONS else "torch", bits)
     replace_module(model, name, packed if kernel in INSTRUCTIONS else linear_of(packed.weight, head.bias))
     # Whoever ties weights later finds none to tie.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import log
-from ..errors import UserError
-from ..models.checkpoint import load_tensors, save_tensors, waiting_beside
-from ..models.decoder import Decoder
+from ..models.checkpoint import check_finite, load_tensors, save_tensors, waiting_beside
+from ..models.decoder import Decoder, head_name
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap, check_zeros
 from ..packed.folder import HEAD_BITS, VALUES, Head, check_packable, write_packed
@@ -46,14 +45,12 @@ def _round_layers(walk: LayerWalk, tier_map: TierMap, samples: int, bits: int, w
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
         check_zeros(tier_map, name, weight.cpu(), decoder.checkpoint.folder)
-        if not weight.isfinite().all():
-            raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
+        check_finite(decoder.checkpoint.folder, name, weight)
         if (hessian := statistics["hessian"]) is None:
             log.warning("%s saw no token of the calibration text: rounded to nearest", name)
         rounded = round_in_blocks(weight, tier_map.tiers[name], bits, hessian, name)
         file_of[name] = waiting / f"{len(file_of)}.safetensors"
-        parts = {part: getattr(rounded, part).cpu() for part in ("codes", "multiples", "scales")}
-        save_tensors(parts, file_of[name], {})
+        save_tensors(vars(rounded), file_of[name], {})
         return rounded.weight
 
     gather = {"hessian": partial(accumulating_hessians, samples=samples)}
@@ -65,8 +62,7 @@ def _round_layers(walk: LayerWalk, tier_map: TierMap, samples: int, bits: int, w
 def _round_head(walk: LayerWalk, samples: int) -> Head | None:
     """The head, rounded for what it is given after the last layer; None where it is no linear."""
     decoder = walk.decoder
-    head = decoder.model.get_output_embeddings()
-    name = next((name for name, module in decoder.model.named_modules() if module is head), None)
+    head, name = decoder.model.get_output_embeddings(), head_name(decoder.model)
     if not isinstance(head, nn.Linear):
         return None
     with accumulating_hessians({name: head}, samples) as hessians:
@@ -74,6 +70,7 @@ def _round_head(walk: LayerWalk, samples: int) -> Head | None:
             pass
     stored = decoder.stored[f"{name}.weight"]
     weight = decoder.checkpoint.tensors([stored])[stored].to(decoder.device)
+    check_finite(decoder.checkpoint.folder, name, weight)
     tied = list(decoder.stored.values()).count(stored) > 1
     rounded = round_dense(weight, HEAD_BITS, hessians.get(name), name)
     return Head(name if tied else stored.removesuffix(".weight"), rounded)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..cli import log, progress
 from ..errors import UserError
-from ..models.checkpoint import rewriting_layers
+from ..models.checkpoint import check_finite, rewriting_layers
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
 from ..models.linears import replace_module
@@ -69,7 +69,7 @@ def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Qu
     for names in progress(decoder.checkpoint.shards().values(), "round to nearest"):
         weights = {name: decoder.checkpoint.matrix(name) for name in decoder.linears() if f"{name}.weight" in names}
         for name, weight in weights.items():
-            _check_finite(decoder, name, weight)
+            check_finite(decoder.checkpoint.folder, name, weight)
         if weights:
             yield {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
 
@@ -79,7 +79,7 @@ def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisa
     found: dict[str, Quantised] = {}
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
-        _check_finite(decoder, name, weight)
+        check_finite(decoder.checkpoint.folder, name, weight)
         if (hessian := statistics["hessian"]) is not None:
             found[name] = gptq(weight, hessian, asked, decoder.dtype, name)
         else:
@@ -90,11 +90,6 @@ def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisa
     gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
     for layer in change_layers(LayerWalk(decoder, windows.split(batch_size)), "gptq", gather, make):
         yield {name: found.pop(name) for name in layer.linears if name in found}
-
-
-def _check_finite(decoder: Decoder, name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise UserError(f"{decoder.checkpoint.folder}: {name}: a weight is NaN or infinite; copy the model again")
 
 
 def _texts(decoder: Decoder, asked: Quantisation) -> dict[str, str]:

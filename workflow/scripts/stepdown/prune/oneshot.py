@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cli import log
 from ..errors import UserError
-from ..models.checkpoint import rewriting_layers
+from ..models.checkpoint import check_finite, is_finite, rewriting_layers
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
 from ..models.pruning_reports import describe_pruning
@@ -93,7 +93,8 @@ def prune_layers(
     asked = {statistic: by for statistic, by in GATHERERS.items() if statistic in arguments_of(prune)}
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
-        _check_finite(f"{decoder.checkpoint.folder}: {name}", weight, statistics)
+        check_finite(decoder.checkpoint.folder, name, weight)
+        _check_statistics(f"{decoder.checkpoint.folder}: {name}", statistics)
         return pruned(weight, prune, pattern_for(name, weight), name, statistics)
 
     walk = LayerWalk(decoder, windows.split(batch_size))
@@ -119,7 +120,7 @@ def pruned(
         raise UserError(f"{where}: returned {found}; return the weight {list(weight.shape)}")
     # Adding zero turns -0.0 into 0.0.
     weight = returned.to(weight) + 0.0
-    if not _is_finite(weight):
+    if not is_finite(weight):
         raise UserError(f"{where}: returned NaN or infinity")
     if fault := pattern.fault(weight):
         raise UserError(f"{where}: the pattern does not hold: {fault}; zero what pattern.keep drops")
@@ -135,14 +136,8 @@ def _tell_ragged_groups(run: Run, shapes: dict[str, tuple[int, int]]) -> None:
         )
 
 
-def _check_finite(where: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> None:
-    if not _is_finite(weight):
-        raise UserError(f"{where}: a weight is NaN or infinite; copy or download the model again")
+def _check_statistics(where: str, statistics: dict[str, Tensor | None]) -> None:
     for values in statistics.values():
         # No entry of a Hessian is larger than the largest of its diagonal, which are squared norms.
-        if values is not None and not _is_finite(values if values.dim() == 1 else values.diagonal()):
+        if values is not None and not is_finite(values if values.dim() == 1 else values.diagonal()):
             raise UserError(f"{where}: its inputs are not finite (NaN or infinity)")
-
-
-def _is_finite(values: Tensor) -> bool:
-    return all(bound.isfinite() for bound in values.aminmax())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..cli import progress
 from ..errors import UserError
-from ..models.checkpoint import load_tensors, save_tensors, waiting_beside, write_checkpoint
+from ..models.checkpoint import REST, load_tensors, save_tensors, waiting_beside, write_checkpoint
 from ..models.decoder import Decoder, load_module
 from ..models.layer_walk import LayerWalk
 from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
@@ -65,7 +65,7 @@ def slice_checkpoint(
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, file in progress(files.items(), "write"):
                 yield name, load_tensors(file)[0]
-            yield "rest", _around_layers(decoder, centre, first, last)
+            yield REST, _around_layers(decoder, centre, first, last)
 
         write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
 
