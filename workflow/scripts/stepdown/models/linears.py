@@ -104,6 +104,18 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
+def computes_as_linear(linear: nn.Linear) -> bool:
+    """Whether a linear on the meta device makes [..., out] of [..., in], whatever its class: a family's own may answer
+    with a router's choice, or take groups of inputs apart."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    try:
+        output = linear(torch.empty(1, 3, linear.in_features, dtype=linear.weight.dtype, device="meta"))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 3, linear.out_features)
+
+
 @contextmanager
 def watching_inputs(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While open, `see` is called with the name of a module and its inputs [..., in], each time it is given some."""

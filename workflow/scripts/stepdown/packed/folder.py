@@ -43,10 +43,11 @@ Rounding = Callable[[str, Tensor, Tensor], Rounded]
 
 @dataclass(frozen=True)
 class Head:
-    """The head as whole numbers of `HEAD_BITS`, and its name in the folder."""
+    """The head as whole numbers of `HEAD_BITS`, its bias [out] if it has one, and its name in the folder."""
 
     name: str
     rounded: Rounded
+    bias: Tensor | None
 
 
 def write_packed(
@@ -205,12 +206,13 @@ def _pack_shard(
 
 
 def _pack_head(head: Head, k: int, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Put the head's parts where its weight was, if it had one of its own; its [out, in]."""
+    """Put the head's parts where its weight was, if it had one of its own, and a bias that was tied; its [out, in]."""
     codes = head.rounded.codes
     tensors.pop(f"{head.name}.weight", None)
     tiers = torch.zeros(grid_shape(tuple(codes.shape), BLOCK_SIZE), dtype=torch.uint8)
     matrix = pack_integers(codes, head.rounded, tiers, k, HEAD_BITS)
-    tensors |= {f"{head.name}.{part}": tensor for part, tensor in matrix.tensors.items()}
+    bias = {} if head.bias is None else {"bias": head.bias}
+    tensors |= {f"{head.name}.{part}": tensor for part, tensor in (matrix.tensors | bias).items()}
     return matrix.shape
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..cli import log, progress
 from ..errors import UserError
 from ..models.decoder import build_empty, choose_device, head_name, types_of
-from ..models.linears import as_linears_, linear_of, replace_module
+from ..models.linears import as_linears_, computes_as_linear, linear_of, replace_module
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
 from .decoding import quicken_decoding
@@ -44,11 +44,13 @@ def load_packed(
 @dataclass(frozen=True)
 class Names:
     """stored: name of each tensor of a model -> name in the folder; types: the same name -> what it is loaded as;
-    linears: name of each linear of the model that is packed -> name in the folder."""
+    linears: name of each linear of the model that runs packed -> name in the folder; unpacked: the same of those that
+    compute something of their own with their weight."""
 
     stored: dict[str, str]
     types: dict[str, torch.dtype]
     linears: dict[str, str]
+    unpacked: dict[str, str]
 
 
 def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
@@ -66,12 +68,13 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
                 f"{folder}: config.json makes {name} {list(parameter.shape)}, the files hold"
                 f" {list(shapes[stored[name]])}; take both from the same model"
             )
-    linears = {
-        name.removesuffix(".weight"): source.removesuffix(".weight")
-        for name, source in stored.items()
-        if source.removesuffix(".weight") in matrices
-    }
-    return Names(stored, types_of(model, torch.bfloat16), linears)
+    linears: dict[str, str] = {}
+    unpacked: dict[str, str] = {}
+    for name, source in stored.items():
+        if (source := source.removesuffix(".weight")) in matrices:
+            name = name.removesuffix(".weight")
+            (linears if computes_as_linear(model.get_submodule(name)) else unpacked)[name] = source
+    return Names(stored, types_of(model, torch.bfloat16), linears, unpacked)
 
 
 def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
@@ -90,6 +93,10 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
                 # Of a dense matrix torch, and a GPU, have a product of their own.
                 fastest = kernel if kernel in INSTRUCTIONS or name != head else "torch"
                 replace_module(model, name, ThreeTierLinear(matrix, bias, fastest))
+        for name, source in names.unpacked.items():
+            if source in matrices:
+                weight = ThreeTierLinear(matrices[source], None, "torch").weight
+                own[f"{name}.weight"] = weight.to(place, names.types[f"{name}.weight"])
         model.load_state_dict(own, strict=False, assign=True)
     _pack_head(model, kernel, index["values"])
     if kernel in INSTRUCTIONS and quicken_decoding(model):

@@ -68,9 +68,10 @@ def _round_head(walk: LayerWalk, samples: int) -> Head | None:
     with accumulating_hessians({name: head}, samples) as hessians:
         for _ in walk.logits(head_of_tokens=True):
             pass
-    stored = decoder.stored[f"{name}.weight"]
-    weight = decoder.checkpoint.tensors([stored])[stored].to(decoder.device)
+    stored, bias = decoder.stored[f"{name}.weight"], decoder.stored.get(f"{name}.bias")
+    tensors = decoder.checkpoint.tensors({stored, bias} - {None})
+    weight = tensors[stored].to(decoder.device)
     check_finite(decoder.checkpoint.folder, name, weight)
     tied = list(decoder.stored.values()).count(stored) > 1
     rounded = round_dense(weight, HEAD_BITS, hessians.get(name), name)
-    return Head(name if tied else stored.removesuffix(".weight"), rounded)
+    return Head(name if tied else stored.removesuffix(".weight"), rounded, tensors.get(bias))
