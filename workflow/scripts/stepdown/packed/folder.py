@@ -43,11 +43,12 @@ Rounding = Callable[[str, Tensor, Tensor], Rounded]
 
 @dataclass(frozen=True)
 class Head:
-    """The head as whole numbers of `HEAD_BITS`, its bias [out] if it has one, and its name in the folder."""
+    """The head as whole numbers of `HEAD_BITS`. name: in the folder; shared_as: what its weight, as it was, is called
+    there for whatever else uses it."""
 
     name: str
     rounded: Rounded
-    bias: Tensor | None
+    shared_as: str | None
 
 
 def write_packed(
@@ -75,9 +76,6 @@ def write_packed(
             shutil.copyfile(file, folder / file.name)
         config = read_json_object(checkpoint.folder / "config.json")
         config["quantization_config"] = {"quant_method": QUANT_METHOD, **marks}
-        if head:
-            for section in (config, config.get("text_config") or {}):
-                section["tie_word_embeddings"] = False
         write_json(folder / "config.json", config)
         hashes = {}
         for shard, names in progress(checkpoint.shards().items(), "pack"):
@@ -206,13 +204,13 @@ def _pack_shard(
 
 
 def _pack_head(head: Head, k: int, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Put the head's parts where its weight was, if it had one of its own, and a bias that was tied; its [out, in]."""
-    codes = head.rounded.codes
-    tensors.pop(f"{head.name}.weight", None)
+    """Put the head's parts where its weight was, if that had its name; its [out, in]."""
+    codes, weight = head.rounded.codes, tensors.pop(f"{head.name}.weight", None)
+    if weight is not None and head.shared_as:
+        tensors[head.shared_as] = weight
     tiers = torch.zeros(grid_shape(tuple(codes.shape), BLOCK_SIZE), dtype=torch.uint8)
     matrix = pack_integers(codes, head.rounded, tiers, k, HEAD_BITS)
-    bias = {} if head.bias is None else {"bias": head.bias}
-    tensors |= {f"{head.name}.{part}": tensor for part, tensor in (matrix.tensors | bias).items()}
+    tensors |= {f"{head.name}.{part}": tensor for part, tensor in matrix.tensors.items()}
     return matrix.shape
 
 

@@ -59,6 +59,8 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     as_linears_(model)
     ordinary, matrices = shapes_in(folder, index)
     shapes = ordinary | {f"{name}.weight": shape for name, shape in matrices.items()}
+    if head_name(model) in matrices:
+        _untie_head(model)
     stored = stored_names(model, sorted(shapes))
     for name, parameter in model.named_parameters():
         if name not in stored:
@@ -112,6 +114,12 @@ def _pack_head(model: nn.Module, kernel: str, values: str) -> None:
     name = head_name(model)
     packed = dense_linear(head.weight, head.bias, kernel if kernel in INSTRUCTIONS else "torch", bits)
     replace_module(model, name, packed if kernel in INSTRUCTIONS else linear_of(packed.weight, head.bias))
-    # Whoever ties weights later finds none to tie.
-    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    _untie_head(model)
+
+
+def _untie_head(model: nn.Module) -> None:
+    """Whoever ties weights later finds none to tie with a packed head."""
+    head = f"{head_name(model)}.weight"
+    ties = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {name: source for name, source in ties if head not in (name, source)}
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

@@ -68,10 +68,9 @@ def _round_head(walk: LayerWalk, samples: int) -> Head | None:
     with accumulating_hessians({name: head}, samples) as hessians:
         for _ in walk.logits(head_of_tokens=True):
             pass
-    stored, bias = decoder.stored[f"{name}.weight"], decoder.stored.get(f"{name}.bias")
-    tensors = decoder.checkpoint.tensors({stored, bias} - {None})
-    weight = tensors[stored].to(decoder.device)
+    stored = decoder.stored[f"{name}.weight"]
+    weight = decoder.checkpoint.tensors([stored])[stored].to(decoder.device)
     check_finite(decoder.checkpoint.folder, name, weight)
-    tied = list(decoder.stored.values()).count(stored) > 1
+    others = [other for other, source in decoder.stored.items() if source == stored and other != f"{name}.weight"]
     rounded = round_dense(weight, HEAD_BITS, hessians.get(name), name)
-    return Head(name if tied else stored.removesuffix(".weight"), rounded, tensors.get(bias))
+    return Head(name if others else stored.removesuffix(".weight"), rounded, next(iter(others), None))
