@@ -8,6 +8,7 @@ rule base_model:
         "results/logs/iter0/base_model.log",
     benchmark:
         "results/benchmarks/iter0/base_model.jsonl"
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     resources:
@@ -39,6 +40,7 @@ rule calibrate:
         "results/benchmarks/{step}/calibrate.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -77,6 +79,7 @@ rule score:
         "results/benchmarks/{step}/score.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -111,6 +114,7 @@ rule degrade_dense_to_2_4:
         "results/benchmarks/{step}/degrade_dense_to_2_4.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*|oneshot/three-tier",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     resources:
@@ -149,6 +153,7 @@ rule degrade_2_4_to_topk:
         "results/benchmarks/{step}/degrade_2_4_to_topk.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*|oneshot/three-tier",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -184,6 +189,7 @@ rule refit:
         "results/benchmarks/{step}/refit.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*|oneshot/[^/]+",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -224,6 +230,7 @@ rule reconstruct:
         "results/benchmarks/{step}/reconstruct.jsonl"
     wildcard_constraints:
         step=r"iter[1-9]\d*|oneshot/[^/]+",
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
@@ -263,6 +270,7 @@ rule finetune:
         "results/logs/{step}/finetune.log",
     benchmark:
         "results/benchmarks/{step}/finetune.jsonl"
+    priority: ON_THE_WAY
     conda:
         "../envs/finetune.yaml"
     threads: THREADS

@@ -19,6 +19,8 @@ CORES = workflow.resource_settings.cores or 16
 # What rules with much to compute ask for: half the cores, since the iterations and the one-shot run are two chains that
 # can go on side by side. A profile's set-threads sets it.
 THREADS = max(1, min(8, CORES // 2))
+# The priority of what the next step waits for: an evaluation can be made beside it. One after the other, as they come.
+ON_THE_WAY = int(CORES > 1 and not GPUS)
 
 
 def memory(mb):

@@ -13,6 +13,7 @@ rule sort_channels:
         "results/logs/iter0/sort_channels.log",
     benchmark:
         "results/benchmarks/iter0/sort_channels.jsonl"
+    priority: ON_THE_WAY
     conda:
         "../envs/prune.yaml"
     threads: THREADS
