@@ -27,20 +27,21 @@ EMPTY = "import sys; sys.path[0] = sys.argv[1]; from stepdown.models.decoder imp
 def floors(empty: float) -> dict[str, float]:
     """MB that a rule cannot do without, by the beginning of its name; empty: those of a model without weights.
 
-    Refitting holds a layer of two models, X'X and Z'X of the widest input; SparseGPT and GPTQ a layer, the Hessian of
-    its widest input and that one's factor. Reconstruction holds a layer of two models, what it was before, and its
-    gradients in bf16; in float32 its weights, their gradients and two moments; and the masks. Sorting writes embedding
-    and head, which are one file, in another order.
+    Refitting holds a layer of two models, X'X and Z'X of the widest input, and the largest matrix in float32;
+    SparseGPT and GPTQ a layer, the Hessian of its widest input and that one's factor, and the largest matrix in
+    float32 as it came and what it has lost; GPTQ the codes of a layer too. Reconstruction holds a layer of two
+    models, what it was before, and its gradients in bf16; in float32 its weights, their gradients and two moments;
+    and the masks. Sorting writes embedding and head, which are one file, in another order.
     """
-    hessian = 4 * FFN**2 / 1e6
-    solver = empty + LAYER + 2 * hessian
+    hessian, matrix = 4 * FFN**2 / 1e6, 4 * FFN * HIDDEN / 1e6
+    solver = empty + LAYER + 2 * hessian + 2 * matrix
     return {
         "sort_channels": empty + 2 * TABLE,
-        "refit": empty + 2 * LAYER + 2 * hessian,
+        "refit": empty + 2 * LAYER + 2 * hessian + matrix,
         "reconstruct": empty + (4 + 2 * 4 + 1 / 2) * LAYER,
         "prune_oneshot sparsegpt": solver,
-        "quantise gptq": solver,
-        "pack_integers": solver,
+        "quantise gptq": solver + LAYER / 2,
+        "pack_integers": solver + LAYER / 2,
     }
 
 

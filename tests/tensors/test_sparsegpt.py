@@ -13,6 +13,7 @@ from torch import nn
 
 from stepdown.errors import UserError
 from stepdown.prune.statistics import accumulating_hessians
+from stepdown.tensors import sparsegpt
 from stepdown.tensors.patterns import block, hybrid, n_of_m, three_tier, unstructured
 from stepdown.tensors.sparsegpt import factorise, optimal_brain_surgeon
 
@@ -149,11 +150,13 @@ def test_inputs_are_left_alone():
 # --- Hessians --------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 30), st.integers(0, 99))
-def test_the_factor_is_of_the_damped_hessian(columns, seed):
+@given(st.integers(1, 30), st.integers(0, 99), st.sampled_from([7, sparsegpt.PIECE]))
+def test_the_factor_is_of_the_damped_hessian(columns, seed, piece):
     _, hessian = random_case(1, columns, seed)
     hessian[:, 0] = hessian[0] = 0
-    factor, scale = factorise(hessian)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparsegpt, "PIECE", piece)
+        factor, scale = factorise(hessian)
     assert torch.equal(factor, factor.triu()) and (factor.diagonal() == 1).all()
     root = (factor * scale).double()
     torch.testing.assert_close(root @ root.T, damped(hessian), rtol=0, atol=1e-5 * damped(hessian).abs().max().item())

@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Conjugate gradient steps: the least that leave the perplexity of a refitted model where twice as many do.
 STEPS = 20
+# Rows solved at a time: beside a Hessian there is room for few matrices.
+ROWS = 1024
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -16,19 +18,27 @@ def masked_least_squares(
     weight: [out, in], where to start and what the ridge holds to; keep: bool [out, in]; hessian: H = X'X, [in, in];
     target: Y'X, [out, in], which is `dense_weight @ H` where Y = X dense_weight'; ridge: `damping` of the mean of H's
     diagonal. Returns float32 [out, in].
-
-    Conjugate gradients, preconditioned by H's diagonal (Hestenes & Stiefel 1952): each row is a problem of its own, and
-    a step is one product with H for all of them, whatever the mask, where the exact solution factors a matrix per row.
-    The error of a row never rises.
     """
     ridge = damping * hessian.diagonal().mean()
-    diagonal = (hessian.diagonal() + ridge).clamp(min=TINY)
     solution = weight.float() * keep
-    residual = torch.addmm(target, solution, hessian, alpha=-1).mul_(keep)
+    parts = zip(*(matrix.split(ROWS) for matrix in (solution, keep, target, weight)), strict=True)
+    for rows, kept, wanted, held in parts:
+        descend_(rows, kept, wanted.addcmul(held, ridge), hessian, ridge, steps)
+    return solution
+
+
+def descend_(solution: Tensor, keep: Tensor, target: Tensor, hessian: Tensor, ridge: Tensor, steps: int) -> None:
+    """Take W towards the smallest W (H + ridge) W' - 2 W target', in place, where it is free.
+
+    solution: float32 [out, in], zero outside `keep`; ridge: []. Conjugate gradients, preconditioned by H's diagonal
+    (Hestenes & Stiefel 1952): each row is a problem of its own, and a step is one product with H for all of them,
+    whatever the mask, where the exact solution factors a matrix per row. The error of a row never rises.
+    """
+    diagonal = (hessian.diagonal() + ridge).clamp(min=TINY)
+    residual = torch.addmm(target, solution, hessian, alpha=-1).addcmul_(solution, ridge, value=-1).mul_(keep)
     direction = residual / diagonal
     square = _dot(residual, direction)
     for _ in range(steps):
-        # In place: beside a Hessian there is room for few matrices.
         image = (direction @ hessian).addcmul_(direction, ridge).mul_(keep)
         length = square / _dot(direction, image).clamp(min=TINY)
         solution.addcmul_(length, direction)
@@ -36,7 +46,6 @@ def masked_least_squares(
         conditioned = residual / diagonal
         before, square = square, _dot(residual, conditioned)
         direction = conditioned.add_(direction.mul_(square / before.clamp(min=TINY)))
-    return solution
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

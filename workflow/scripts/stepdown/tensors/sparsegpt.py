@@ -23,6 +23,8 @@ from .patterns import Pattern
 
 # Shares of the mean of diag(H) that are added to it, the next where one does not make it positive definite.
 DAMPINGS = (0.01, 0.1, 1.0)
+# Entries of a matrix that are copied at a time where it changes in place.
+PIECE = 2**22
 
 
 def optimal_brain_surgeon(weight: Tensor, hessian: Tensor, pattern: Pattern, name: str = "matrix") -> Tensor:
@@ -136,7 +138,7 @@ def settle_columns(
         settle(slice(first, last), columns)
 
     from_left_to_right(0, len(transposed), unit, finish, columns.carry)
-    return (columns.weight - columns.change).T
+    return columns.weight.sub_(columns.change).T
 
 
 def from_left_to_right(
@@ -166,13 +168,25 @@ def factorise(hessian: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:
         raise UserError(f"{name}: its Hessian is not finite: an input is NaN or infinite")
     diagonal = torch.where(diagonal == 0, 1.0, diagonal)
     for damping in DAMPINGS:
-        # Upper triangular: the Cholesky factor counted from the last row and column.
-        reverse = hessian.flip(0, 1)
-        reverse.diagonal().copy_(diagonal.flip(0) + damping * diagonal.mean())
-        reverse, failed = torch.linalg.cholesky_ex(reverse)
+        # Upper triangular: the Cholesky factor counted from the last row and column; in place, for it is large.
+        flat = hessian.flatten().flip(0)
+        factor, failed = flat.view(hessian.shape).T, torch.empty((), dtype=torch.int32, device=hessian.device)
+        factor.diagonal().copy_(diagonal.flip(0) + damping * diagonal.mean())
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            factor = reverse.flip(0, 1)
+            _reverse_(flat)
             scale = factor.diagonal().clone()
             return factor.div_(scale), scale
         log.warning("%s: its Hessian with damping %g is not positive definite", name, damping)
     raise UserError(f"{name}: its Hessian is not positive definite; calibrate on more text")
+
+
+def _reverse_(flat: Tensor) -> None:
+    """Turn a vector around where it lies, a piece of each half at a time."""
+    count, half = len(flat), len(flat) // 2
+    for start in range(0, half, PIECE):
+        stop = min(start + PIECE, half)
+        left, right = flat[start:stop], flat[count - stop : count - start]
+        turned = left.flip(0)
+        left.copy_(right.flip(0))
+        right.copy_(turned)
