@@ -31,8 +31,8 @@ from stepdown.report.steps import MOMENTS, contents
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_SHOT = "oneshot/three-tier"
-UNTOUCHED = {"sort_channels": False, "refit": False, "reconstruction": {"enabled": False}}
-PUBLISHED_CHOICE = {"sort_channels": False, "pruning": {"cost": "wanda", "shared_over": "matrix"}}
+UNTOUCHED = {"sort_channels": False, "swaps": False, "refit": False, "reconstruction": {"enabled": False}}
+PUBLISHED_CHOICE = {"sort_channels": False, "swaps": False, "pruning": {"cost": "wanda", "shared_over": "matrix"}}
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ class Variant:
 def ingredients(rows: list[Row]) -> list[Variant]:
     """One shot to the last row without training: pruned, refitted and reconstructed are columns of the table."""
     last = ((rows[-1].dense, rows[-1].mid_2_4, rows[-1].topk, 0),)
+    off = {"sort_channels": False, "swaps": False}
     return [
         Variant("as published", PUBLISHED_CHOICE, rows=last),
-        Variant("fisher, in every matrix", {"sort_channels": False, "pruning": {"shared_over": "matrix"}}, rows=last),
-        Variant("fisher, over the model", {"sort_channels": False}, rows=last),
-        Variant("and channels sorted", {"sort_channels": True}, rows=last),
+        Variant("fisher, in every matrix", off | {"pruning": {"shared_over": "matrix"}}, rows=last),
+        Variant("fisher, over the model", off, rows=last),
+        Variant("and channels sorted", {"sort_channels": True, "swaps": False}, rows=last),
+        Variant("and swapped", {"sort_channels": True, "swaps": True}, rows=last),
     ]
 
 

@@ -23,13 +23,14 @@ from stepdown.models.channels import find_channels
 from stepdown.models.checkpoint import Checkpoint, rewriting_layers
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
+from stepdown.models.step_masks import StepMasks
 from stepdown.plan.runs import parse_run
 from stepdown.prune.calibration import calibrate_backwards, squared_input_norms
 from stepdown.prune.channel_sorting import check_same_function, sorted_orders, write_permuted
 from stepdown.prune.layer_sparsity import LayerOptions
 from stepdown.prune.oneshot import prune_checkpoint
 from stepdown.prune.reconstruction import Settings, reconstruct_layers
-from stepdown.prune.refit import refit_layers
+from stepdown.prune.refit import fit_within, refit_layers
 from stepdown.tensors.patterns import TierOptions
 
 ROOT = Path(__file__).parents[2]
@@ -266,9 +267,9 @@ def assert_sorted(family, source, folder, model):
 
 def refit(source, folder):
     pruned, dense = (open_decoder(path, "cpu") for path in (folder / "pruned", source))
-    settings = (lambda _, weight: weight != 0), TOKENS, 2, 0.01
+    fit = fit_within(StepMasks((), 1, "", lambda _, weight: weight != 0), 0.01)
     with rewriting_layers(pruned.checkpoint, folder / "refitted", pruned.checkpoint.identity()) as write:
-        for layer in refit_layers(dense, pruned, *settings):
+        for layer in refit_layers(dense, pruned, fit, TOKENS, 2):
             write(layer.weights())
 
 

@@ -10,7 +10,8 @@ from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.models.decoder import open_decoder
 from stepdown.models.layer_walk import LayerWalk
-from stepdown.prune.refit import refit_layers
+from stepdown.models.step_masks import StepMasks
+from stepdown.prune.refit import fit_within, refit_layers
 from stepdown.tensors.masks import keep_n_of_m
 
 WINDOWS = torch.randint(0, 128, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -45,7 +46,8 @@ def last_states(folder):
 def refitted(dense: Path, pruned: Path, keep=free, damping: float = 0.01) -> dict[str, torch.Tensor]:
     found = {}
     decoders = open_decoder(dense, "cpu"), open_decoder(pruned, "cpu")
-    for layer in refit_layers(*decoders, keep, WINDOWS, 5, damping):
+    fit = fit_within(StepMasks((), 1, "", keep), damping)
+    for layer in refit_layers(*decoders, fit, WINDOWS, 5):
         found |= layer.weights()
     return found
 

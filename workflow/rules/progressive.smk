@@ -206,6 +206,7 @@ rule refit:
         text=text_arguments("calibration"),
         text_content=text_fingerprint("calibration"),
         options=section_flags("calibration"),
+        swaps=flags({"swaps": config["swaps"]}),
         seed=config["seed"],
         device=config["device"],
         trust=TRUST,
@@ -213,8 +214,8 @@ rule refit:
         "{wildcards.step}: refitting what was kept"
     shell:
         "python {params.script:q} --dense-model {params.dense:q} --model {params.pruned:q} --masks {input.masks:q}"
-        " --text {params.text:q} {params.options:q} --seed {params.seed:q} --device {params.device:q} {params.trust:q}"
-        " --output-model {params.refitted:q} --log {log:q}"
+        " --text {params.text:q} {params.options:q} {params.swaps:q} --seed {params.seed:q} --device {params.device:q}"
+        " {params.trust:q} --output-model {params.refitted:q} --log {log:q}"
 
 
 rule reconstruct:

@@ -15,13 +15,14 @@ from .checkpoint import Checkpoint
 class StepMasks:
     """matrices: the pruned ones, by name in the checkpoint; iteration: of the step, 1 for a one-shot run;
     keep: (name, weight [rows, in], first=0) -> which of its weights are free, bool [rows, in]; first: of its rows in
-    the matrix.
+    the matrix; tier_map: where it is what says so.
     """
 
     matrices: tuple[str, ...]
     iteration: int
     base_model: str
     keep: Callable[..., Tensor]
+    tier_map: tier_maps.TierMap | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -46,7 +47,7 @@ def read_step_masks(path: Path, checkpoint: Checkpoint) -> StepMasks:
     def keep(name: str, weight: Tensor, first: int = 0) -> Tensor:
         return keep_mask(weight, tier_map.tiers[name], tier_map.block_size, first)
 
-    return StepMasks(tuple(tier_map.tiers), tier_map.iteration, tier_map.base_model, keep)
+    return StepMasks(tuple(tier_map.tiers), tier_map.iteration, tier_map.base_model, keep, tier_map)
 
 
 class StoredMasks(Mapping[str, Tensor]):

@@ -1,7 +1,8 @@
 """Refitting without training: the weights a mask keeps are moved so that each linear does again what it did before.
 
 Layer by layer, and within a layer in the order its linears are called: each is fitted to its outputs in the model
-before pruning, from the inputs it is given now that all before it are pruned and refitted.
+before pruning, from the inputs it is given now that all before it are pruned and refitted. With swaps a block may
+choose anew which of its weights it keeps.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -13,28 +14,39 @@ from torch import Tensor
 
 from ..cli import log
 from ..errors import UserError
+from ..models.checkpoint import is_finite
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
+from ..models.step_masks import StepMasks
 from ..tensors.least_squares import masked_least_squares
+from ..tensors.swaps import swapped_least_squares
 from .layerwise import LoadedLayer, added, visit
+
+# (name of a linear, its weight [out, in], H = X'X [in, in], Y'X [out, in]) -> its new weight [out, in].
+Fit = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+
+
+def fit_within(masks: StepMasks, damping: float, swap: bool = False) -> Fit:
+    """A fit that keeps what the masks keep or, with `swap`, lets the blocks of a tier map choose anew what that is."""
+
+    def fit(name: str, weight: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
+        problem = weight, masks.keep(name, weight), hessian, target
+        if not swap or masks.tier_map is None:
+            return masked_least_squares(*problem, damping)
+        return swapped_least_squares(*problem, masks.tier_map.tiers[name], masks.tier_map.block_size, damping)
+
+    return fit
 
 
 @torch.no_grad()
-def refit_layers(
-    dense: Decoder,
-    pruned: Decoder,
-    keep: Callable[[str, Tensor], Tensor],
-    windows: Tensor,
-    batch_size: int,
-    damping: float,
-) -> Iterator[LoadedLayer]:
+def refit_layers(dense: Decoder, pruned: Decoder, fit: Fit, windows: Tensor, batch_size: int) -> Iterator[LoadedLayer]:
     """Refit the layers of `pruned` in order to what `dense`, the model it was pruned from, makes of the same text.
 
     Yields each layer once it is refitted.
 
-    keep: (name, weight [out, in]) -> which weights are free, bool; windows: int64 [samples, tokens], `batch_size` of
-    them through a layer at a time. In memory: a layer of each model, the hidden states of both, H and X'Y of one input;
-    a linear that several layers use is fitted in the last of them, to the inputs of all.
+    windows: int64 [samples, tokens], `batch_size` of them through a layer at a time. In memory: a layer of each model,
+    the hidden states of both, H and Y'X of one input; a linear that several layers use is fitted in the last of them,
+    to the inputs of all.
     Raises `UserError` naming the linear whose inputs are not finite.
     """
     earlier: dict[str, tuple[Tensor, Tensor]] = {}
@@ -50,17 +62,16 @@ def refit_layers(
                 continue
             for name in names:
                 hessian, cross = (added(*pair) for pair in zip(earlier.pop(name, (None, None)), moments, strict=True))
-                if not (hessian.diagonal().isfinite().all() and cross.isfinite().all()):
+                if not (is_finite(hessian.diagonal()) and is_finite(cross)):
                     raise UserError(f"{pruned.checkpoint.folder}: the inputs of {name} are not finite")
                 if name in layer.used_later:
                     earlier[name] = hessian, cross
                     continue
                 weight = layer.linears[name].weight
-                free = keep(name, weight)
                 target = dense_layer.linears[name].weight.float() @ cross
                 if name == names[-1]:
                     del moments, cross
-                weight.copy_(masked_least_squares(weight, free, hessian, target, damping))
+                weight.copy_(fit(name, weight, hessian, target))
         layer.replay()
         dense_layer.replay()
         yield layer
