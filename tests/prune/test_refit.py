@@ -1,16 +1,18 @@
-"""Refitting: models that come nearer to the dense one, zeros kept."""
+"""Refitting: models that come nearer to the dense one, as sparse as they were."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from families import make_model
+from three_tiers import prune_by_magnitude
 
 from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint, rewrite_checkpoint
 from stepdown.models.decoder import open_decoder
 from stepdown.models.layer_walk import LayerWalk
-from stepdown.models.step_masks import StepMasks
+from stepdown.models.step_masks import StepMasks, read_step_masks
+from stepdown.models.tier_maps import check_zeros
 from stepdown.prune.refit import fit_within, refit_layers
 from stepdown.tensors.masks import keep_n_of_m
 
@@ -23,8 +25,7 @@ def halve(tensors):
             tensor.mul_(keep_n_of_m(tensor.abs(), 2, 4))
 
 
-def free(_, weight):
-    return weight != 0
+MASKS = StepMasks((), 1, "", keep=lambda _, weight: weight != 0)
 
 
 @pytest.fixture(params=["llama", "opt", "gpt2", "bloom"])
@@ -43,30 +44,49 @@ def last_states(folder):
     return torch.cat(walk.states)
 
 
-def refitted(dense: Path, pruned: Path, keep=free, damping: float = 0.01) -> dict[str, torch.Tensor]:
+def refitted(dense: Path, pruned: Path, masks=MASKS, swap: bool = False) -> dict[str, torch.Tensor]:
     found = {}
     decoders = open_decoder(dense, "cpu"), open_decoder(pruned, "cpu")
-    fit = fit_within(StepMasks((), 1, "", keep), damping)
-    for layer in refit_layers(*decoders, fit, WINDOWS, 5):
+    for layer in refit_layers(*decoders, fit_within(masks, 0.01, swap), WINDOWS, 5):
         found |= layer.weights()
     return found
+
+
+def written(weights: dict[str, torch.Tensor], pruned: Path, folder: Path) -> Path:
+    checkpoint = Checkpoint(pruned)
+
+    def replace(tensors):
+        tensors.update({name: weights[name] for name in tensors.keys() & weights.keys()})
+
+    rewrite_checkpoint(checkpoint, folder, replace, checkpoint.identity())
+    return folder
 
 
 def test_a_refitted_model_is_nearer_to_the_dense_one_and_as_sparse(folders):
     dense, pruned = folders
     found = refitted(dense, pruned)
-    checkpoint = Checkpoint(pruned)
-
-    def replace(tensors):
-        tensors.update({name: found[name] for name in tensors.keys() & found.keys()})
-
-    rewrite_checkpoint(checkpoint, pruned.parent / "refitted", replace, checkpoint.identity())
+    folder = written(found, pruned, pruned.parent / "refitted")
     assert found.keys() == {f"{name}.weight" for name in open_decoder(pruned, "cpu").linears()}
     for name, weight in found.items():
-        assert not weight[checkpoint.tensors([name])[name] == 0].any()
+        assert not weight[Checkpoint(pruned).tensors([name])[name] == 0].any()
     wanted = last_states(dense)
-    before, after = ((last_states(folder) - wanted).norm() for folder in (pruned, pruned.parent / "refitted"))
+    before, after = ((last_states(model) - wanted).norm() for model in (pruned, folder))
     assert after < 0.75 * before
+
+
+def test_swaps_come_nearer_still_and_leave_every_block_in_its_tier(tmp_path):
+    dense = make_model("llama", tmp_path / "dense")
+    pruned, tier_map = prune_by_magnitude(dense, tmp_path)
+    masks = read_step_masks(tmp_path / "tier_map.safetensors", pruned)
+    weights = {swap: refitted(dense, pruned.folder, masks, swap) for swap in (False, True)}
+    for name in tier_map.tiers:
+        check_zeros(tier_map, name, weights[True][f"{name}.weight"], "swapped")
+    wanted = last_states(dense)
+    fitted, swapped = (
+        (last_states(written(found, pruned.folder, tmp_path / f"swap_{swap}")) - wanted).norm()
+        for swap, found in weights.items()
+    )
+    assert swapped < 0.98 * fitted
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is(folders):

@@ -15,10 +15,11 @@ from stepdown.tensors.tiers import Tier, keep_mask
 DAMPING = 0.01
 
 
-def problem(rows: int, columns: int, seed: int, tiers: torch.Tensor | None = None):
-    """A dense matrix pruned to random tiers: weight, keep, H, Y'X and the tiers."""
+def problem(rows: int, columns: int, seed: int, tiers: torch.Tensor | None = None, alike: float = 0.0):
+    """A dense matrix pruned to random tiers: weight, keep, H, Y'X and tiers; alike: of inputs, to one another."""
     weight, tiers = random_three_tier((rows, columns), 10, seed, tiers, torch.float32)
     dense, hessian = random_case(rows, columns, seed)
+    hessian += alike
     return weight, keep_mask(weight, tiers, 16), hessian, dense @ hessian, tiers
 
 
@@ -32,12 +33,22 @@ def fours(kept: torch.Tensor) -> torch.Tensor:
     return kept.unflatten(1, (-1, 4)).sum(2)
 
 
-@given(st.sampled_from([16, 48, 72]), st.sampled_from([16, 64, 80]), st.integers(0, 10_000), st.sampled_from([1, 32]))
+@given(
+    st.sampled_from([16, 48, 72]),
+    st.sampled_from([16, 64, 80]),
+    st.integers(0, 10_000),
+    st.sampled_from([1, 32]),
+    st.sampled_from([0.0, 1.0, 10.0]),
+    st.sampled_from([0, swaps.STEPS]),
+)
 @settings(max_examples=40)
-def test_every_block_keeps_as_much_as_before_and_no_row_of_blocks_is_worse(rows, columns, seed, at_once):
-    weight, keep, hessian, target, tiers = problem(rows, columns, seed)
+def test_every_block_keeps_as_much_as_before_and_no_row_of_blocks_is_worse(rows, columns, seed, at_once, alike, steps):
+    weight, keep, hessian, target, tiers = problem(rows, columns, seed, alike=alike)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(swaps, "ROWS", at_once)
+        # Where nothing is fitted anew, swaps of inputs that are alike do harm together.
+        patch.setattr(swaps, "STEPS", steps)
+        patch.setattr(swaps, "LAST_STEPS", steps)
         found = swapped_least_squares(weight, keep, hessian, target, tiers, 16, DAMPING)
     of_weight = tiers.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)
     free = found != 0
@@ -54,6 +65,52 @@ def test_every_block_keeps_as_much_as_before_and_no_row_of_blocks_is_worse(rows,
     scale = (target * weight).abs().sum(1)
     for row in range(0, rows, 16):
         assert (after - before)[row : row + 16].sum() <= 1e-4 * scale[row : row + 16].sum()
+
+
+@pytest.fixture
+def nothing_fitted(monkeypatch):
+    for steps in ("STEPS", "LAST_STEPS"):
+        monkeypatch.setattr(swaps, steps, 0)
+
+
+def of_one_block(tier: Tier, seed: int):
+    weight, keep, hessian, target, tiers = problem(16, 16, seed, torch.tensor([[tier]], dtype=torch.uint8))
+    fitted = masked_least_squares(weight, keep, hessian, target, DAMPING)
+    found = swapped_least_squares(weight, keep, hessian, target, tiers, 16, DAMPING, rounds=1)
+    return weight, keep, hessian, target, fitted, found
+
+
+def swapped(row: torch.Tensor, drop: int, restore: int, start: torch.Tensor, hessian, target) -> torch.Tensor:
+    """One row with `restore` at its best in the place of `drop`."""
+    row, ridge = row.clone(), DAMPING * hessian.diagonal().mean()
+    row[drop] = 0
+    slope = hessian[restore] @ row - target[restore] - ridge * start[restore]
+    row[restore] = -slope / (hessian[restore, restore] + ridge)
+    return row
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_swap_in_fours_is_the_best_of_all_of_its_row(nothing_fitted, seed):
+    weight, keep, hessian, target, fitted, found = of_one_block(Tier.TWO_FOUR, seed)
+    for row, kept in enumerate(keep):
+        pairs = [(u, p) for u in range(16) for p in range(u // 4 * 4, u // 4 * 4 + 4) if kept[u] and not kept[p]]
+        tried = [swapped(fitted[row], u, p, weight[row], hessian, target[row]) for u, p in pairs]
+        every = errors(torch.stack([fitted[row], *tried]), weight[row], hessian, target[row])
+        after = errors(found[row : row + 1], weight[row], hessian, target[row])
+        torch.testing.assert_close(after, every.min()[None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_swap_in_a_block_puts_what_comes_back_at_its_best(nothing_fitted, seed):
+    weight, keep, hessian, target, fitted, found = of_one_block(Tier.TOP_K, seed)
+    (restored,) = ((found != 0) & ~keep).nonzero()
+    (dropped,) = ((found == 0) & keep).nonzero()
+    expected, row = fitted.clone(), restored[0]
+    expected[tuple(dropped)] = 0
+    expected[row] = swapped(expected[row], restored[1], restored[1], weight[row], hessian, target[row])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    before, after = (errors(matrix, weight, hessian, target).sum() for matrix in (fitted, found))
+    assert after < before
 
 
 @pytest.mark.parametrize("tier", [Tier.TWO_FOUR, Tier.TOP_K])
