@@ -27,25 +27,27 @@ def masked_least_squares(
     return solution
 
 
-def descend_(solution: Tensor, keep: Tensor, target: Tensor, hessian: Tensor, ridge: Tensor, steps: int) -> None:
+def descend_(solution: Tensor, keep: Tensor, target: Tensor, hessian: Tensor, ridge: Tensor, steps: int) -> Tensor:
     """Take W towards the smallest W (H + ridge) W' - 2 W target', in place, where it is free.
 
-    solution: float32 [out, in], zero outside `keep`; ridge: []. Conjugate gradients, preconditioned by H's diagonal
-    (Hestenes & Stiefel 1952): each row is a problem of its own, and a step is one product with H for all of them,
-    whatever the mask, where the exact solution factors a matrix per row. The error of a row never rises.
+    solution: float32 [out, in], zero outside `keep`; ridge: []. Returns target - W (H + ridge), of pruned weights too.
+    Conjugate gradients, preconditioned by H's diagonal (Hestenes & Stiefel 1952): each row is a problem of its own, and
+    a step is one product with H for all of them, whatever the mask, where the exact solution factors a matrix per row.
+    The error of a row never rises.
     """
     diagonal = (hessian.diagonal() + ridge).clamp(min=TINY)
-    residual = torch.addmm(target, solution, hessian, alpha=-1).addcmul_(solution, ridge, value=-1).mul_(keep)
-    direction = residual / diagonal
+    residual = torch.addmm(target, solution, hessian, alpha=-1).addcmul_(solution, ridge, value=-1)
+    direction = (residual / diagonal).mul_(keep)
     square = _dot(residual, direction)
     for _ in range(steps):
-        image = (direction @ hessian).addcmul_(direction, ridge).mul_(keep)
+        image = (direction @ hessian).addcmul_(direction, ridge)
         length = square / _dot(direction, image).clamp(min=TINY)
         solution.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        conditioned = residual / diagonal
+        conditioned = (residual / diagonal).mul_(keep)
         before, square = square, _dot(residual, conditioned)
         direction = conditioned.add_(direction.mul_(square / before.clamp(min=TINY)))
+    return residual
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from .blocks import expand_blocks, gather_blocks, pad_columns, scatter_blocks_
 from .least_squares import TINY, descend_, masked_least_squares
 from .tiers import BLOCKS_AT_ONCE, Tier
 
-# At most so many swaps of a row in a 2:4 block, and of a TopK block.
-ROUNDS = 12
+# At most so many swaps of a row in a 2:4 block, and of a TopK block; the last round is one that brings less than this
+# share of what the first did.
+ROUNDS, LEAST_GAIN = 12, 1 / 20
 # Conjugate gradient steps after each round, and after the last.
 STEPS, LAST_STEPS = 3, 10
 # Rows at a time: each round holds eight matrices of so many.
@@ -35,9 +36,6 @@ class Errors:
     hessian: Tensor
     ridge: Tensor
     near: Tensor
-
-    def half_gradient(self, solution: Tensor, target: Tensor) -> Tensor:
-        return torch.addmm(target, solution, self.hessian, beta=-1).addcmul_(solution, self.ridge)
 
 
 def swapped_least_squares(
@@ -69,23 +67,23 @@ def swapped_least_squares(
 
 
 def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, errors: Errors, rounds: int) -> None:
-    """Swap in rows of blocks, in place, as long as one of them is better off."""
-    block_size = errors.near.shape[-1]
-    gradient = errors.half_gradient(solution, target)
+    """Swap in rows of blocks, in place, as long as it is worth it."""
+    block_size, gains = errors.near.shape[-1], []
+    gradient = -descend_(solution, keep, target, errors.hessian, errors.ridge, 0)
     error = _sums(solution * (gradient - target), block_size)
     for _ in range(rounds):
         moved, free = solution.clone(), keep.clone()
         for tier, swap in ((Tier.TWO_FOUR, _swap_in_fours_), (Tier.TOP_K, _swap_in_blocks_)):
             _swap_blocks_(moved, free, gradient, tiers == tier, errors.near, swap)
-        if torch.equal(free, keep):
-            break
-        descend_(moved, free, target, errors.hessian, errors.ridge, STEPS)
-        slope = errors.half_gradient(moved, target)
+        slope = -descend_(moved, free, target, errors.hessian, errors.ridge, STEPS)
         found = _sums(moved * (slope - target), block_size)
         rows = expand_blocks((found < error)[:, None], (len(solution), 1), block_size)
         for old, new in ((solution, moved), (keep, free), (gradient, slope)):
             torch.where(rows, new, old, out=old)
+        gains.append((error - found).clamp(min=0).sum())
         error = torch.minimum(error, found)
+        if gains[-1] <= LEAST_GAIN * gains[0]:
+            break
     descend_(solution, keep, target, errors.hessian, errors.ridge, LAST_STEPS)
 
 
