@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import make_model
+from matrices import loss, random_case
 from three_tiers import random_three_tier
 
 from stepdown.models.checkpoint import Checkpoint, load_tensors
@@ -26,10 +27,12 @@ from stepdown.tensors.blocks import grid_shape
 from stepdown.tensors.least_squares import masked_least_squares
 from stepdown.tensors.patterns import TierOptions, pattern_of
 from stepdown.tensors.saliency import block_scores
+from stepdown.tensors.swaps import swapped_least_squares
 from stepdown.tensors.tiers import (
     Tier,
     degrade_dense_to_two_four,
     degrade_two_four_to_top_k,
+    keep_mask,
     prune_top_k_,
     prune_two_four_,
     violations,
@@ -124,6 +127,18 @@ def test_refit_as_on_the_cpu(gpu):
         for device in ("cpu", gpu)
     ]
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_swaps_bring_as_much_as_on_the_cpu(gpu):
+    weight, tiers = random_three_tier((72, 128), 10, dtype=torch.float32)
+    dense, hessian = random_case(72, 128, 0)
+    problem = weight, keep_mask(weight, tiers, 16), hessian, dense @ hessian, tiers
+    ours, theirs = (
+        swapped_least_squares(*(tensor.to(device) for tensor in problem), 16).cpu() for device in ("cpu", gpu)
+    )
+    assert not violations(theirs, tiers, 16, 10)
+    found = [loss(dense, each, hessian) for each in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=0)
 
 
 # ---------------------------------------------------------------- a model

@@ -69,12 +69,15 @@ def swapped_least_squares(
 def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, errors: Errors, rounds: int) -> None:
     """Swap in rows of blocks, in place, as long as it is worth it."""
     block_size, gains = errors.near.shape[-1], []
+    # Ragged blocks stay as they are.
+    whole = tiers[: len(solution) // block_size]
+    ways = [((whole == Tier.TWO_FOUR).nonzero(), _swap_in_fours_), ((whole == Tier.TOP_K).nonzero(), _swap_in_blocks_)]
     gradient = -descend_(solution, keep, target, errors.hessian, errors.ridge, 0)
     error = _sums(solution * (gradient - target), block_size)
     for _ in range(rounds):
         moved, free = solution.clone(), keep.clone()
-        for tier, swap in ((Tier.TWO_FOUR, _swap_in_fours_), (Tier.TOP_K, _swap_in_blocks_)):
-            _swap_blocks_(moved, free, gradient, tiers == tier, errors.near, swap)
+        for index, swap in ways:
+            _swap_blocks_(moved, free, gradient, index, errors.near, swap)
         slope = -descend_(moved, free, target, errors.hessian, errors.ridge, STEPS)
         found = _sums(moved * (slope - target), block_size)
         rows = expand_blocks((found < error)[:, None], (len(solution), 1), block_size)
@@ -88,15 +91,15 @@ def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, err
 
 
 def _swap_blocks_(
-    solution: Tensor, keep: Tensor, gradient: Tensor, chosen: Tensor, near: Tensor, swap: Callable[..., None]
+    solution: Tensor, keep: Tensor, gradient: Tensor, index: Tensor, near: Tensor, swap: Callable[..., None]
 ) -> None:
-    """`swap` in the chosen blocks, but in no ragged one: in place."""
+    """`swap` in the blocks at `index` [n, 2], in place."""
     block_size = near.shape[-1]
-    for index in chosen[: len(solution) // block_size].nonzero().split(BLOCKS_AT_ONCE):
-        weight, kept, slope = (gather_blocks(matrix, index, block_size) for matrix in (solution, keep, gradient))
-        swap(weight, kept, slope, near[index[:, 1]])
-        scatter_blocks_(solution, index, weight)
-        scatter_blocks_(keep, index, kept)
+    for part in index.split(BLOCKS_AT_ONCE):
+        weight, kept, slope = (gather_blocks(matrix, part, block_size) for matrix in (solution, keep, gradient))
+        swap(weight, kept, slope, near[part[:, 1]])
+        scatter_blocks_(solution, part, weight)
+        scatter_blocks_(keep, part, kept)
 
 
 def _swap_in_fours_(weight: Tensor, keep: Tensor, gradient: Tensor, near: Tensor) -> None:
