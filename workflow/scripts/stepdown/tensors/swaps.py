@@ -1,7 +1,7 @@
 """Swaps: a kept and a pruned weight of a block change places where the outputs lose less by it.
 
-With H = X'X + ridge and c = W H - Y'X, half the gradient of the error, to drop w_u and to restore w_p at what is best
-for it then changes the error by
+With H = X'X + ridge and c = W H - Y'X - ridge W_pruned, half the gradient of the error, to drop w_u and to restore w_p
+at what is best for it changes the error by
 
     H_uu w_u^2 - 2 c_u w_u - (c_p - H_up w_u)^2 / H_pp        (H_up counts in one row alone)
 
@@ -30,8 +30,10 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Errors:
-    """What all rows of a matrix have in common. hessian: X'X, [in, in]; ridge: []; near: H of the columns of a block,
-    [block columns, b, b]."""
+    """What all rows of a matrix have in common.
+
+    hessian: X'X, [in, in]; ridge: []; near: H of the columns of each block, [block columns, b, b].
+    """
 
     hessian: Tensor
     ridge: Tensor
@@ -50,7 +52,7 @@ def swapped_least_squares(
 ) -> Tensor:
     """As `masked_least_squares`, of which this lowers the error further: each block chooses anew what it keeps.
 
-    tiers: int8 [block rows, block columns]; a 2:4 block keeps as many of each four, a TopK block as many in all, as
+    tiers: uint8 [block rows, block columns]; a 2:4 block keeps as many of each four, a TopK block as many in all, as
     `keep` does. Ragged blocks at the edges keep theirs, and so do all of a matrix whose inputs are no whole blocks.
     Returns float32 [out, in].
     """
