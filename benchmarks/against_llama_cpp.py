@@ -367,25 +367,26 @@ def as_text(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def colour_of(name: str) -> str:
-    colours = {"three-tier": drawing.CHAIN_COLOUR, "llama.cpp": drawing.ONE_SHOT_COLOURS[0]}
-    return next((colour for start, colour in colours.items() if name.startswith(start)), drawing.GREY)
+COLOURS = {"three-tier": drawing.CHAIN_COLOUR, "llama.cpp": drawing.ONE_SHOT_COLOURS[0], "": drawing.GREY}
 
 
 def figure(points: dict[str, tuple[float, float]], x_label: str, y_label: str, logarithmic: bool = False):
-    """A named point for each model."""
+    """A named point for each model; whose it is is told by its colour."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(drawing.WIDTH, 4.3), layout="constrained")
     axes = drawn.subplots()
-    for name, (x, y) in points.items():
-        axes.plot(x, y, "o", color=colour_of(name))
-        # Models of the same bytes are often as fast, or as good: one name above, one below, ours to the left.
-        places = {"llama.cpp": (6, -12), "three-tier": (-8, -4)}
-        place = next((place for start, place in places.items() if name.startswith(start)), (6, 4))
-        look = {"xytext": place, "textcoords": "offset points", "path_effects": drawing.HALO}
-        look["horizontalalignment"] = "left" if place[0] > 0 else "right"
-        axes.annotate(name, (x, y), color=colour_of(name), fontsize=9, **look)
+    # Models of the same bytes are often as fast, or as good: names stand on three sides.
+    places = {"three-tier": (-8, -4), "llama.cpp": (7, -10), "": (-8, -12)}
+    for whose, colour in COLOURS.items():
+        own = {name: at for name, at in points.items() if whose == next(filter(name.startswith, COLOURS))}
+        across, up = ([at[axis] for at in own.values()] for axis in (0, 1))
+        axes.plot(across, up, "o", color=colour, label=whose or "others", zorder=4)
+        for name, at in own.items():
+            look = {"xytext": places[whose], "textcoords": "offset points", "path_effects": drawing.HALO, "fontsize": 9}
+            look["horizontalalignment"] = "left" if places[whose][0] > 0 else "right"
+            axes.annotate(name.removeprefix(whose).strip(), at, color=colour, **look)
+    axes.legend(loc="upper right", frameon=False)
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.0f}")
