@@ -15,7 +15,7 @@ from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.tier_maps import read_tier_map
 from stepdown.packed.model import load_packed
 from stepdown.tensors.patterns import n_of_m
-from stepdown.tensors.tiers import count_tiers, tier_counts, violations
+from stepdown.tensors.tiers import count_tiers, keep_mask, tier_counts, violations
 
 SCRIPTS = ROOT / "workflow/scripts"
 
@@ -41,14 +41,21 @@ def test_tiers_hold_in_every_matrix_of_every_checkpoint(project, step, row, mode
 
 def test_finetuning_keeps_every_zero_and_changes_the_rest(project):
     folder = project / "results/oneshot/three-tier"
-    pruned, finetuned = Checkpoint(folder / "pruned_model"), Checkpoint(folder / "finetuned_model")
+    refitted, finetuned = Checkpoint(folder / "refitted_model"), Checkpoint(folder / "finetuned_model")
     tier_map = read_tier_map(folder / "tier_map.safetensors")
     assert result(project, "oneshot/three-tier", "training.json")["best_step"] > 0
-    for name in tier_map.tiers:
-        before, after = pruned.matrix(name), finetuned.matrix(name)
-        assert not (before != after).logical_and(before == 0).any() or (tier_map.tiers[name] == 0).any()
-    before, after = pruned.matrix(name), finetuned.matrix(name)
+    for name, tiers in tier_map.tiers.items():
+        before, after = refitted.matrix(name), finetuned.matrix(name)
+        assert not after[~keep_mask(before, tiers, tier_map.block_size)].any()
     assert (before != after).any()
+
+
+def test_swaps_leave_as_many_zeros_elsewhere(project):
+    folder = project / "results/oneshot/three-tier"
+    pruned, refitted = Checkpoint(folder / "pruned_model"), Checkpoint(folder / "refitted_model")
+    names = read_tier_map(folder / "tier_map.safetensors").tiers
+    before, after = (torch.cat([model.matrix(name).flatten() == 0 for name in names]) for model in (pruned, refitted))
+    assert before.sum() == after.sum() and (before != after).any()
 
 
 def test_evaluations_say_what_was_found(project):
