@@ -25,7 +25,7 @@ ROUNDS, LEAST_GAIN = 12, 1 / 20
 # Conjugate gradient steps after each round, and after the last.
 STEPS, LAST_STEPS = 3, 10
 # Rows at a time: each round holds eight matrices of so many.
-ROWS = 512
+ROWS = 256
 
 
 @dataclass(frozen=True)
