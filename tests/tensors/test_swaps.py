@@ -68,15 +68,16 @@ def test_every_block_keeps_as_much_as_before_and_no_row_of_blocks_is_worse(rows,
 
 
 @pytest.fixture
-def nothing_fitted(monkeypatch):
-    for steps in ("STEPS", "LAST_STEPS"):
-        monkeypatch.setattr(swaps, steps, 0)
+def one_swap(monkeypatch):
+    """One round, after which nothing is fitted anew."""
+    for name, value in {"ROUNDS": 1, "STEPS": 0, "LAST_STEPS": 0}.items():
+        monkeypatch.setattr(swaps, name, value)
 
 
 def of_one_block(tier: Tier, seed: int):
     weight, keep, hessian, target, tiers = problem(16, 16, seed, torch.tensor([[tier]], dtype=torch.uint8))
     fitted = masked_least_squares(weight, keep, hessian, target, DAMPING)
-    found = swapped_least_squares(weight, keep, hessian, target, tiers, 16, DAMPING, rounds=1)
+    found = swapped_least_squares(weight, keep, hessian, target, tiers, 16, DAMPING)
     return weight, keep, hessian, target, fitted, found
 
 
@@ -90,7 +91,7 @@ def swapped(row: torch.Tensor, drop: int, restore: int, start: torch.Tensor, hes
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_swap_in_fours_is_the_best_of_all_of_its_row(nothing_fitted, seed):
+def test_a_swap_in_fours_is_the_best_of_all_of_its_row(one_swap, seed):
     weight, keep, hessian, target, fitted, found = of_one_block(Tier.TWO_FOUR, seed)
     for row, kept in enumerate(keep):
         pairs = [(u, p) for u in range(16) for p in range(u // 4 * 4, u // 4 * 4 + 4) if kept[u] and not kept[p]]
@@ -101,7 +102,7 @@ def test_a_swap_in_fours_is_the_best_of_all_of_its_row(nothing_fitted, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_swap_in_a_block_puts_what_comes_back_at_its_best(nothing_fitted, seed):
+def test_a_swap_in_a_block_puts_what_comes_back_at_its_best(one_swap, seed):
     weight, keep, hessian, target, fitted, found = of_one_block(Tier.TOP_K, seed)
     (restored,) = ((found != 0) & ~keep).nonzero()
     (dropped,) = ((found == 0) & keep).nonzero()

@@ -48,7 +48,6 @@ def swapped_least_squares(
     tiers: Tensor,
     block_size: int,
     damping: float = 0.01,
-    rounds: int = ROUNDS,
 ) -> Tensor:
     """As `masked_least_squares`, of which this lowers the error further: each block chooses anew what it keeps.
 
@@ -64,11 +63,11 @@ def swapped_least_squares(
     height = max(1, ROWS // block_size)
     matrices = (matrix.split(height * block_size) for matrix in (solution, keep, target, weight))
     for rows, kept, wanted, held, grid in zip(*matrices, tiers.to(hessian.device).split(height), strict=True):
-        _improve_(rows, kept.clone(), wanted.addcmul(held, ridge), grid, errors, rounds)
+        _improve_(rows, kept.clone(), wanted.addcmul(held, ridge), grid, errors)
     return solution
 
 
-def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, errors: Errors, rounds: int) -> None:
+def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, errors: Errors) -> None:
     """Swap in rows of blocks, in place, as long as it is worth it."""
     block_size, gains = errors.near.shape[-1], []
     # Ragged blocks stay as they are.
@@ -76,7 +75,7 @@ def _improve_(solution: Tensor, keep: Tensor, target: Tensor, tiers: Tensor, err
     ways = [((whole == Tier.TWO_FOUR).nonzero(), _swap_in_fours_), ((whole == Tier.TOP_K).nonzero(), _swap_in_blocks_)]
     gradient = -descend_(solution, keep, target, errors.hessian, errors.ridge, 0)
     error = _sums(solution * (gradient - target), block_size)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         moved, free = solution.clone(), keep.clone()
         for index, swap in ways:
             _swap_blocks_(moved, free, gradient, index, errors.near, swap)
