@@ -391,6 +391,7 @@ def test_the_first_page_says_which_method_it_is(overlay):
     )
     assert ("This is the original method." in page) == (overlay == "published")
     assert ("This is the method as improved here, not the original." in page) == (overlay != "published")
+    assert ("a block may take back a weight for another" in page) == (overlay != "published")
 
 
 @pytest.mark.parametrize("schedule", ["config/progressive_schedule.csv", None])
@@ -406,6 +407,7 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "pruning": {"block_size": 16, "k": 10, "selection": "wanda", "cost": "fisher", "shared_over": "model"},
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
         "refit": True,
+        "swaps": True,
         "reconstruction": {"enabled": True},
         "recovery": {"text": "pydoc", "method": "full", "distill": {"weight": 0.9}, "one_schedule": True},
         "evaluation": {"texts": ["pydoc", text], "sequence_length": 256},
