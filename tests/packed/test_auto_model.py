@@ -12,7 +12,7 @@ from families import make_model
 from three_tiers import pack_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import stepdown.packed.auto_model  # noqa: F401, packed folders are known from here on
+import stepdown  # noqa: F401, packed folders are known from here on
 from stepdown.errors import UserError
 from stepdown.packed.linear import ThreeTierLinear
 from stepdown.packed.model import load_packed
@@ -117,7 +117,16 @@ def run(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(SCRIPTS)})
 
 
-def test_where_the_module_is_not_imported_nothing_is_loaded(packed):
+@pytest.mark.parametrize(
+    "imports", ["stepdown, transformers", "transformers, stepdown", "transformers.quantizers, stepdown"]
+)
+def test_in_whichever_order_the_two_are_imported(packed, imports):
+    code = f"import sys, {imports}; model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    finished = run(f"{code}; print({{type(module).__name__ for module in model.modules()}})", packed)
+    assert "ThreeTierLinear" in finished.stdout, finished.stderr
+
+
+def test_where_the_package_is_not_imported_nothing_is_loaded(packed):
     """Rather than a model of which most is random."""
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     finished = run(code, packed)

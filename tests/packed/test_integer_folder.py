@@ -16,7 +16,7 @@ from three_tiers import prune_by_magnitude
 from tiny_configurations import tiny_configuration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stepdown.packed.auto_model  # noqa: F401
+import stepdown  # noqa: F401
 from stepdown.errors import UserError
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.linears import computes_as_linear

@@ -1,11 +1,11 @@
-"""Packed folders for transformers' own `from_pretrained`: importing this module is all it takes.
+"""Packed folders for transformers' own `from_pretrained`: importing stepdown is all it takes.
 
-    import stepdown.packed.auto_model
+    import stepdown
     model = AutoModelForCausalLM.from_pretrained("results/iter5/packed/bf16")
 
 and so for whatever loads models by it: `pipeline`, lm-eval's `hf`, `transformers serve`. The folder's config.json says
-`"quant_method": "stepdown"`, which transformers looks up in a table that this module adds to. transformers builds the
-model and ties its weights; the folder is read and checked by `model.fill`, as in `load_packed`.
+`"quant_method": "stepdown"`; `registration` has that looked up here. transformers builds the model and ties its
+weights; the folder is read and checked by `model.fill`, as in `load_packed`.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
 from ..models.checkpoint import REST
 from ..models.decoder import build_empty
 from ..models.linears import replace_module
-from .folder import QUANT_METHOD, read_index
+from ..registration import QUANT_METHOD
+from .folder import read_index
 from .linear import choose_kernel
 from .model import fill, name_tensors
 
@@ -31,7 +32,6 @@ from .model import fill, name_tensors
 BESIDE_LAYERS = f"{REST}.safetensors"
 
 
-@register_quantization_config(QUANT_METHOD)
 @dataclass
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed folder."""
@@ -41,7 +41,6 @@ class PackedConfig(QuantizationConfigMixin):
     values: str = "bf16"
 
 
-@register_quantizer(QUANT_METHOD)
 class PackedQuantizer(HfQuantizer):
     """Puts three-tier linears where the model has dense ones; for running a model, in bf16 on one device."""
 
@@ -98,3 +97,8 @@ class PackedQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """The folder it was loaded from is what there is to copy."""
         return False
+
+
+# Not by the decorators that there are for it: they refuse a method whose name stands there already.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer

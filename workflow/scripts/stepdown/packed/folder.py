@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import read_json_object, safetensors_header, write_json
 from ..models.checkpoint import REST, Checkpoint, check_finite, load_tensors, new_folder, save_tensors, side_files
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
+from ..registration import QUANT_METHOD
 from ..tensors.block_rounding import Rounded, round_in_blocks
 from ..tensors.blocks import grid_shape
 from .format import BLOCK_SIZE, PARTS, PackedMatrix, pack
@@ -33,9 +34,6 @@ VALUES = {"bf16": None, "int8": 8, "int4": 4}
 # Of the head where kept weights are whole numbers, of 8 or 4.
 HEAD_BITS = 8
 INDEX_NAME = "packed.json"
-# By which transformers knows such a folder: `auto_model`.
-QUANT_METHOD = "stepdown"
-
 
 # What becomes of a weight [out, in] of that name with tiers uint8 [block rows, block cols].
 Rounding = Callable[[str, Tensor, Tensor], Rounded]
