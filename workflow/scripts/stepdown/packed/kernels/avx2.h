@@ -60,6 +60,7 @@ template <int R>
 AVX2_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Floats256<R> &total) {
     const bf16 *w = m.dense + block * B * B;
     const float *x = in.wide + column * B * R;
+    fetch<512>(w);
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair)
 #pragma GCC unroll 2
@@ -80,6 +81,7 @@ AVX2_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t 
     const bf16 *w = m.two_four + block * 128, *x = in.x + column * B * R;
     const uint64_t *words = m.positions + block * 4;
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    fetch<256>(w), fetch<32, AHEAD_OF_POSITIONS>(words);
 #pragma GCC unroll 4
     for (int group = 0; group < 4; ++group)
 #pragma GCC unroll 2
@@ -168,6 +170,7 @@ template <int BITS, int R>
 AVX2_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Codes256<BITS, R> &total) {
     const uint8_t *codes = m.dense_codes + block * DENSE_BYTES<BITS>;
     const int8_t *x = in.codes + column * R * B;
+    fetch<DENSE_BYTES<BITS>>(codes), fetch<BITS == 4 ? B : 0, AHEAD_OF_POSITIONS>(m.dense_multiples + block * B);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         __m256i sums[R] = {};
@@ -199,6 +202,8 @@ AVX2_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t 
     const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>;
     const uint8_t *positions = m.code_positions + block * 2 * B;
     const int8_t *x = in.codes + column * R * B;
+    fetch<TWO_FOUR_BYTES<BITS>>(codes), fetch<32, AHEAD_OF_POSITIONS>(positions);
+    fetch<BITS == 4 ? B : 0, AHEAD_OF_POSITIONS>(m.two_four_multiples + block * B);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         __m256i sums[R] = {};

@@ -36,14 +36,6 @@ template <int R> struct Floats512 : Strip512<R, chains_for(R)> {};
 // Of whole numbers, still to be multiplied by the scales of the rows.
 template <int BITS, int R> struct Codes512 : Strip512<R, 1> {};
 
-// Fetch what lies ahead of so many bytes into the second-level cache: with several streams at once the processor's own
-// prefetching comes too late. How far ahead is measured.
-constexpr int AHEAD = 8192, AHEAD_OF_POSITIONS = 2048;
-template <int R, int BYTES, int BY = AHEAD> AVX512_INLINE void fetch(const void *from) {
-    for (int line = 0; line < BYTES && Strip512<R, 1>::WAITS; line += 64)
-        _mm_prefetch((const char *)from + BY + line, _MM_HINT_T1);
-}
-
 AVX512_INLINE int32_t four_bytes(const void *from) {
     int32_t four;
     std::memcpy(&four, from, 4);
@@ -63,7 +55,7 @@ AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t c
     const bf16 *w = m.dense + block * B * B, *x = in.x + column * B * R;
 #pragma GCC unroll 8
     for (int pair = 0; pair < 8; ++pair) {
-        fetch<R, 64>(w + 32 * pair);
+        fetch<64>(w + 32 * pair);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * pair));
 #pragma GCC unroll 16
         for (int n = 0; n < R; ++n) {
@@ -81,10 +73,10 @@ AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_
     alignas(64) uint8_t offsets[64];
     for (int i = 0; i < 64; ++i) offsets[i] = uint8_t(i & ~1);
     const __m512i shifts = _mm512_load_si512(offsets);
-    fetch<R, 32, AHEAD_OF_POSITIONS>(words);
+    fetch<32, AHEAD_OF_POSITIONS>(words);
 #pragma GCC unroll 4
     for (int group = 0; group < 4; ++group) {
-        fetch<R, 64>(w + 32 * group);
+        fetch<64>(w + 32 * group);
         const __m512bh weights = as_bh(_mm512_loadu_si512(w + 32 * group));
         const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(int64_t(words[group])));
 #pragma GCC unroll 16
@@ -108,17 +100,26 @@ AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, S
     const int64_t quad = run.first + step;
     const int32_t *blocks = m.quad_blocks + 4 * quad;
     const int64_t first = m.vectors_before[quad], end = m.vectors_before[quad + 1];
-#pragma GCC unroll 16
-    for (int n = 0; n < R; ++n) {
-        const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + n) * B; };
-        const __m512i left = side_by_side(at(0), at(1)), right = side_by_side(at(2), at(3));
+    // As many rows of x as there are registers for, so that weights and where they stand are read once for them.
+    constexpr int AT_ONCE = std::min(R, 4);
+#pragma GCC unroll 4
+    for (int from = 0; from < R; from += AT_ONCE) {
+        __m512i left[AT_ONCE], right[AT_ONCE];
+#pragma GCC unroll 4
+        for (int n = 0; n < AT_ONCE; ++n) {
+            const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + from + n) * B; };
+            left[n] = side_by_side(at(0), at(1)), right[n] = side_by_side(at(2), at(3));
+        }
         for (int64_t v = first; v < end; ++v) {
-            fetch<R, 64, AHEAD_OF_POSITIONS>(m.quad_values + 32 * v);
-            fetch<R, 32, AHEAD_OF_POSITIONS>(m.quad_columns + 32 * v);
+            fetch<64, AHEAD_OF_POSITIONS>(m.quad_values + 32 * v);
+            fetch<32, AHEAD_OF_POSITIONS>(m.quad_columns + 32 * v);
             const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
             const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(m.quad_columns + 32 * v)));
-            __m512 &sum = total.of[0][n];
-            sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutex2var_epi16(left, index, right)));
+#pragma GCC unroll 4
+            for (int n = 0; n < AT_ONCE; ++n) {
+                __m512 &sum = total.of[0][from + n];
+                sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutex2var_epi16(left[n], index, right[n])));
+            }
         }
     }
 }
@@ -170,27 +171,29 @@ template <int BITS> AVX512_INLINE __m512 add_block(__m512 total, __m512i sum, __
     return _mm512_fmadd_ps(block, _mm512_set1_ps(step), total);
 }
 
-template <int BITS, int R> AVX512_INLINE __m512 load_multiples(const int8_t *multiples, int64_t block) {
+template <int BITS> AVX512_INLINE __m512 load_multiples(const int8_t *multiples, int64_t block) {
     if constexpr (BITS == 8) return _mm512_setzero_ps();
-    fetch<R, B, AHEAD_OF_POSITIONS>(multiples + block * B);
+    fetch<B, AHEAD_OF_POSITIONS>(multiples + block * B);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(multiples + block * B))));
 }
 
 template <int BITS, int R>
 AVX512_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
     const uint8_t *codes = m.dense_codes + block * DENSE_BYTES<BITS>;
-    fetch<R, DENSE_BYTES<BITS>>(codes);
+    fetch<DENSE_BYTES<BITS>>(codes);
     __m512i weights[4];
     load_codes<BITS, 4>(codes, weights);
     const __m512i start = start_of<4>(weights);
-    const __m512 multiples = load_multiples<BITS, R>(m.dense_multiples, block);
+    const __m512 multiples = load_multiples<BITS>(m.dense_multiples, block);
 #pragma GCC unroll 16
     for (int n = 0; n < R; ++n) {
         const int8_t *x = in.codes + (column * R + n) * B;
-        __m512i sum = start;
+        // Two sums, of which neither waits for the other.
+        __m512i sums[2] = {start, _mm512_setzero_si512()};
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g)
-            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four_bytes(x + 4 * g)), weights[g]);
+            sums[g % 2] = _mm512_dpbusd_epi32(sums[g % 2], _mm512_set1_epi32(four_bytes(x + 4 * g)), weights[g]);
+        const __m512i sum = _mm512_add_epi32(sums[0], sums[1]);
         total.of[0][n] = add_block<BITS>(total.of[0][n], sum, multiples, in.steps[column * R + n]);
     }
 }
@@ -208,12 +211,12 @@ template <int BITS, int R>
 AVX512_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t column, Codes512<BITS, R> &total) {
     const uint8_t *codes = m.two_four_codes + block * TWO_FOUR_BYTES<BITS>;
     const uint8_t *positions = m.code_positions + block * 2 * B;
-    fetch<R, TWO_FOUR_BYTES<BITS>>(codes);
-    fetch<R, 32, AHEAD_OF_POSITIONS>(positions);
+    fetch<TWO_FOUR_BYTES<BITS>>(codes);
+    fetch<32, AHEAD_OF_POSITIONS>(positions);
     __m512i weights[2];
     load_codes<BITS, 2>(codes, weights);
     const __m512i start = start_of<2>(weights), places[2] = {places_of(positions), places_of(positions + B)};
-    const __m512 multiples = load_multiples<BITS, R>(m.two_four_multiples, block);
+    const __m512 multiples = load_multiples<BITS>(m.two_four_multiples, block);
 #pragma GCC unroll 16
     for (int n = 0; n < R; ++n) {
         const int8_t *x = in.codes + (column * R + n) * B;
