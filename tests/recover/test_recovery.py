@@ -58,9 +58,10 @@ SETTINGS = {
 FREE = "model.layers.1.mlp.down_proj"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On matrices this small a second thread only waits, and waits for long where another process has the core."""
+    """On matrices this small a second thread only waits, and waits for long where another process has the core. And
+    what several threads train can end a last bit apart."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
