@@ -158,6 +158,7 @@ AVX2_INLINE void add_half(const int8_t *multiples, int64_t block, int half, cons
     if constexpr (BITS == 4) {
         const __m128i eight = _mm_loadl_epi64((const __m128i *)(multiples + block * B + 8 * half));
         factors = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        fetch<B, AHEAD_OF_POSITIONS>(multiples + block * B);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < R; ++n) {
@@ -170,7 +171,7 @@ template <int BITS, int R>
 AVX2_INLINE void add_dense(const Matrix &m, int64_t block, Input in, int64_t column, Codes256<BITS, R> &total) {
     const uint8_t *codes = m.dense_codes + block * DENSE_BYTES<BITS>;
     const int8_t *x = in.codes + column * R * B;
-    fetch<DENSE_BYTES<BITS>>(codes), fetch<BITS == 4 ? B : 0, AHEAD_OF_POSITIONS>(m.dense_multiples + block * B);
+    fetch<DENSE_BYTES<BITS>>(codes);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         __m256i sums[R] = {};
@@ -203,7 +204,6 @@ AVX2_INLINE void add_two_four(const Matrix &m, int64_t block, Input in, int64_t 
     const uint8_t *positions = m.code_positions + block * 2 * B;
     const int8_t *x = in.codes + column * R * B;
     fetch<TWO_FOUR_BYTES<BITS>>(codes), fetch<32, AHEAD_OF_POSITIONS>(positions);
-    fetch<BITS == 4 ? B : 0, AHEAD_OF_POSITIONS>(m.two_four_multiples + block * B);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         __m256i sums[R] = {};
