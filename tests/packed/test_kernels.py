@@ -115,6 +115,26 @@ def test_not_a_number_stays_one(kernel):
     assert layer(torch.full((1, 16), torch.inf).bfloat16()).float().isfinite().logical_not().all()
 
 
+def test_an_infinite_input_meets_the_weights_of_top_k_alone(kernel):
+    weight, tiers = random_three_tier((16, 64), 3, tiers=torch.full((1, 4), int(Tier.TOP_K), dtype=torch.uint8))
+    layer, x = ThreeTierLinear(pack(weight, tiers, 3), None, kernel), torch.ones(1, 64).bfloat16()
+    # Of the first input, which a place that is not filled would meet.
+    x[0, 0] = torch.inf
+    met = weight[:, 0] != 0
+    assert layer(x)[0, met].isinf().all()
+    # torch multiplies zeros as well.
+    assert kernel == "torch" or layer(x)[0, ~met].isfinite().all()
+
+
+def test_a_matrix_too_wide_is_refused(kernel, monkeypatch):
+    if kernel == "torch":
+        pytest.skip("takes any")
+    monkeypatch.setattr(cpu, "MOST_BLOCK_COLUMNS", 3)
+    weight, tiers = random_three_tier((16, 64), 3)
+    with pytest.raises(UserError, match="64 inputs is too wide for a CPU kernel: use kernel 'torch'"):
+        ThreeTierLinear(pack(weight, tiers, 3), None, kernel)
+
+
 def test_parts_that_do_not_fit_reach_no_kernel(kernel):
     weight, tiers = random_three_tier((48, 48), 10)
     matrix = pack(weight, tiers, 10)

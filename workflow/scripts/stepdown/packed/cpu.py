@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from ..cli import log
+from ..errors import UserError
 from ..files import cache_folder
 from .format import BLOCK_SIZE, PackedMatrix, strip_layout
 from .huge_pages import in_huge_pages
@@ -26,6 +27,8 @@ SOURCE = next(path for path in SOURCES if path.name == "three_tier.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp")
 # With AMX torch's product of so many rows of x is faster by more than unpacking takes; how much is unpacked at once.
 UNPACK_FROM, UNPACKED_BYTES = 32, 2**21
+# Where a block stands is told in 16 bits.
+MOST_BLOCK_COLUMNS = 2**16
 INSTRUCTIONS = {"avx2": 1, "avx512": 2}
 
 
@@ -40,7 +43,7 @@ class _Matrix(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias"),
-            *("quad_values", "quad_columns", "quad_blocks", "vectors_before", "quads_before"),
+            *("quad_values", "quad_columns", "quad_filled", "quad_blocks", "quad_starts", "quads_before"),
             *("dense_codes", "two_four_codes", "code_positions"),
             *("dense_multiples", "two_four_multiples", "scales"),
         )
@@ -57,6 +60,8 @@ class CpuMultiply:
         self._bias = bias
         self.unpack_from = UNPACK_FROM if torch.cpu._is_amx_tile_supported() else sys.maxsize
         strips, block_columns = matrix.tiers.shape
+        if block_columns > MOST_BLOCK_COLUMNS:
+            raise UserError(f"a matrix of {matrix.shape[1]} inputs is too wide for a CPU kernel: use kernel 'torch'")
         self._padding = block_columns * BLOCK_SIZE - matrix.shape[1]
         blocks, bits, codes, top_k = (matrix.dense, matrix.two_four, matrix.positions), 0, (), matrix.top_k
         if isinstance(matrix, IntegerMatrix):
@@ -64,8 +69,9 @@ class CpuMultiply:
             codes = *blocks, matrix.dense_multiples, matrix.two_four_multiples, scales
             blocks, bits, top_k = (None, None, None), matrix.bits, top_k_before_scales(matrix)
         positions = matrix.top_k_positions
-        quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None,) * 5
-        parts = (*blocks, top_k, positions, *strip_layout(matrix.tiers), bias, *quads)
+        quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None,) * 6
+        columns, starts = strip_layout(matrix.tiers)
+        parts = (*blocks, top_k, positions, columns.to(torch.uint16), starts, bias, *quads)
         # Held, since the kernel knows addresses only.
         self._tensors = [None if tensor is None else in_huge_pages(tensor) for tensor in (*parts, *codes)]
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]

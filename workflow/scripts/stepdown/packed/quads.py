@@ -4,25 +4,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..tensors.tiers import Tier
 from .format import BLOCK_SIZE, strip_layout
 
-BLOCKS = 4
+BLOCKS, MORE = 4, 2 * BLOCK_SIZE - 1
 
 
 class Quads(NamedTuple):
     """A **quad** is up to four TopK blocks of a strip, 16 rows x 64 columns. Each row's weights stand one after the
-    other, two to a **vector**; a row that has fewer than the longest is filled up with zeros.
+    other, two to a **vector**, [16 rows][2]; what a row has not, as others have more, is told by a bit and not stored.
 
-    values: [vectors, 16, 2]; columns: uint8 [vectors, 16, 2], 16 * which block + column; blocks: int32 [quads, 4],
-    where in the strip they stand; vectors_before: int64 [quads + 1]; quads_before: int64 [strips + 1].
+    values: [n + 31], of all vectors what they have in its order, and then zeros, so that a vector can be read from
+    anywhere; columns: uint8 [n + 31], 16 * which block + column; filled: int32 [vectors], bit 2 row + i where there is
+    a weight; blocks: uint16 [quads, 4], where in the strip they stand; starts: int32 [quads + 1, 2], weights and
+    vectors before; quads_before: int64 [strips + 1]. In a strip the quads of most vectors come first: where their
+    number seldom changes a processor foresees it.
     """
 
     values: Tensor
     columns: Tensor
+    filled: Tensor
     blocks: Tensor
-    vectors_before: Tensor
+    starts: Tensor
     quads_before: Tensor
 
 
@@ -32,26 +37,46 @@ def top_k_quads(tiers: Tensor, top_k: Tensor, top_k_positions: Tensor) -> Quads:
     _, starts = strip_layout(tiers)
     blocks_before = starts[:, Tier.TOP_K]
     quads_before = _before(-(-blocks_before.diff() // BLOCKS))
+    count = int(quads_before[-1])
     inside_strip = torch.arange(len(strips)) - blocks_before[strips]
     quad, place = quads_before[strips] + inside_strip // BLOCKS, inside_strip % BLOCKS
 
-    # Position 16 * column + row of each weight; the weights of a row of a quad share a key.
+    # Position 16 * column + row of each weight.
     positions = top_k_positions.long()
-    key = (quad[:, None] * BLOCK_SIZE + positions % BLOCK_SIZE).flatten()
-    order = key.sort(stable=True).indices
-    counts = torch.bincount(key, minlength=int(quads_before[-1]) * BLOCK_SIZE)
-    vectors_before = _before((counts.view(-1, BLOCK_SIZE).amax(1) + 1) // 2)
-    rank = torch.arange(len(order)) - _before(counts)[key[order]]
-    vector = vectors_before[key[order] // BLOCK_SIZE] + rank // 2
-    target = (vector * BLOCK_SIZE + key[order] % BLOCK_SIZE) * 2 + rank % 2
+    rows = positions % BLOCK_SIZE
+    counts = torch.bincount((quad[:, None] * BLOCK_SIZE + rows).flatten(), minlength=count * BLOCK_SIZE)
+    vectors = (counts.view(-1, BLOCK_SIZE).amax(1) + 1) // 2
+    order = _sorted_by(vectors, torch.repeat_interleave(quads_before.diff()))
+    quad = order.argsort()[quad]
+    vectors_before = _before(vectors[order])
+    weights_before = _before(torch.bincount(quad, minlength=count) * top_k.shape[1])
 
-    shape = [int(vectors_before[-1]), BLOCK_SIZE, 2]
-    values, columns = top_k.new_zeros(shape), torch.zeros(shape, dtype=torch.uint8)
-    values.view(-1)[target] = top_k.flatten()[order]
-    columns.view(-1)[target] = (place[:, None] * BLOCK_SIZE + positions // BLOCK_SIZE).flatten()[order].to(torch.uint8)
-    blocks = torch.zeros(int(quads_before[-1]), BLOCKS, dtype=torch.int32)
+    # The weights of a row of a quad share a key, and so do in the end those that share a vector.
+    key = (quad[:, None] * BLOCK_SIZE + rows).flatten()
+    by_row = key.sort(stable=True).indices
+    rank = torch.arange(len(by_row)) - _before(torch.bincount(key, minlength=count * BLOCK_SIZE))[key[by_row]]
+    vector = vectors_before[key[by_row] // BLOCK_SIZE] + rank // 2
+    lane = key[by_row] % BLOCK_SIZE * 2 + rank % 2
+    in_order = by_row[(vector * 2 * BLOCK_SIZE + lane).argsort()]
+    filled = torch.zeros(int(vectors_before[-1]), dtype=torch.int64).index_add_(0, vector, 1 << lane)
+
+    columns = (place[:, None] * BLOCK_SIZE + positions // BLOCK_SIZE).flatten().to(torch.uint8)
+    blocks = torch.zeros(count, BLOCKS, dtype=torch.int32)
     blocks[quad, place] = block_columns.int()
-    return Quads(values, columns, blocks, vectors_before, quads_before)
+    return Quads(
+        pad(top_k.flatten()[in_order], (0, MORE)),
+        pad(columns[in_order], (0, MORE)),
+        filled.int(),
+        blocks.to(torch.uint16),
+        torch.stack([weights_before, vectors_before], 1).int(),
+        quads_before,
+    )
+
+
+def _sorted_by(size: Tensor, group: Tensor) -> Tensor:
+    """The order in which groups stay where they are and inside each the largest come first."""
+    by_size = size.argsort(descending=True, stable=True)
+    return by_size[group[by_size].argsort(stable=True)]
 
 
 def _before(counts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Strips with AVX-512: BF16 and VBMI for bf16, VNNI and GFNI for whole numbers.
+// Strips with AVX-512: BF16, VBMI and VBMI2 for bf16, VNNI and GFNI for whole numbers.
 //
 // One vector of 16 floats holds the outputs of a strip. Dense blocks of bf16 go two columns at a time, 32 weights
 // against one pair of x. 2:4 blocks go four columns at a time, 32 kept weights against x *permuted* by their 2-bit
@@ -12,7 +12,7 @@
 namespace {
 
 #define AVX512                                                                                                         \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vnni,gfni,fma,avx2")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,avx512vnni,gfni,fma")))
 #define AVX512_INLINE AVX512 __attribute__((always_inline)) inline
 
 AVX512_INLINE __m512bh as_bh(__m512i bits) { return (__m512bh)bits; }
@@ -98,8 +98,12 @@ AVX512_INLINE __m512i side_by_side(const bf16 *left, const bf16 *right) {
 template <int R, int CHAINS>
 AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Strip512<R, CHAINS> &total, float *) {
     const int64_t quad = run.first + step;
-    const int32_t *blocks = m.quad_blocks + 4 * quad;
-    const int64_t first = m.vectors_before[quad], end = m.vectors_before[quad + 1];
+    const uint16_t *blocks = m.quad_blocks + 4 * quad;
+    const int32_t *start = m.quad_starts + 2 * quad, *end = start + 2;
+    const bf16 *values = m.quad_values + start[0];
+    const uint8_t *columns = m.quad_columns + start[0];
+    fetch<128, AHEAD_OF_POSITIONS>(values), fetch<64, AHEAD_OF_POSITIONS>(columns);
+    fetch<64, AHEAD_OF_POSITIONS>(m.quad_filled + start[1]);
     // As many rows of x as there are registers for, so that weights and where they stand are read once for them.
     constexpr int AT_ONCE = std::min(R, 4);
 #pragma GCC unroll 4
@@ -110,15 +114,18 @@ AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, S
             const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + from + n) * B; };
             left[n] = side_by_side(at(0), at(1)), right[n] = side_by_side(at(2), at(3));
         }
-        for (int64_t v = first; v < end; ++v) {
-            fetch<64, AHEAD_OF_POSITIONS>(m.quad_values + 32 * v);
-            fetch<32, AHEAD_OF_POSITIONS>(m.quad_columns + 32 * v);
-            const __m512bh weights = as_bh(_mm512_loadu_si512(m.quad_values + 32 * v));
-            const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(m.quad_columns + 32 * v)));
+        for (int64_t v = start[1], done = 0; v < end[1]; ++v) {
+            const __mmask32 filled = m.quad_filled[v];
+            const __m512bh weights = as_bh(_mm512_maskz_expand_epi16(filled, _mm512_loadu_si512(values + done)));
+            const __m256i packed = _mm256_loadu_si256((const __m256i *)(columns + done));
+            const __m512i index = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(filled, packed));
+            done += __builtin_popcount(filled);
 #pragma GCC unroll 4
             for (int n = 0; n < AT_ONCE; ++n) {
                 __m512 &sum = total.of[0][from + n];
-                sum = _mm512_dpbf16_ps(sum, weights, as_bh(_mm512_permutex2var_epi16(left[n], index, right[n])));
+                // What is not filled meets no input: of an infinite one it would make a NaN.
+                const __m512i x = _mm512_maskz_permutex2var_epi16(filled, left[n], index, right[n]);
+                sum = _mm512_dpbf16_ps(sum, weights, as_bh(x));
             }
         }
     }

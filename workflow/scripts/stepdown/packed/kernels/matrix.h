@@ -21,14 +21,15 @@ struct Matrix {
     const uint64_t *positions;      // [2:4 blocks][4 groups]: row r's two positions are bits 4r..4r+1 and 4r+2..4r+3
     const bf16 *top_k;              // [TopK blocks][k]
     const uint8_t *top_k_positions; // [TopK blocks][k]: 16 * column + row
-    const int32_t *columns;         // [strips][block columns]: where the strip's blocks stand, Dense, 2:4, TopK
+    const uint16_t *columns;        // [strips][block columns]: where the strip's blocks stand, Dense, 2:4, TopK
     const int64_t *starts;          // [strips + 1][3]: blocks of each tier in the strips before
     const bf16 *bias;               // [outputs] or null
     // TopK blocks four at a time, for AVX-512: quads.py.
-    const bf16 *quad_values;        // [vectors][16 rows][2]
-    const uint8_t *quad_columns;    // [vectors][16 rows][2]: 16 * which of the four blocks + column
-    const int32_t *quad_blocks;     // [quads][4]: where in the strip the blocks stand
-    const int64_t *vectors_before;  // [quads + 1]
+    const bf16 *quad_values;        // [TopK blocks][k], and 31 more that are read but not used
+    const uint8_t *quad_columns;    // the same: 16 * which of the four blocks + column
+    const uint32_t *quad_filled;    // [vectors]: which of [16 rows][2] have a weight
+    const uint16_t *quad_blocks;    // [quads][4]: where in the strip the blocks stand
+    const int32_t *quad_starts;     // [quads + 1][2]: weights and vectors before
     const int64_t *quads_before;    // [strips + 1]
     // Where `bits` is not 0, whole numbers of so many bits in place of `dense`, `two_four` and `positions`; those of
     // TopK blocks, and with 4 bits what they are multiplied by, are in `top_k` and `quad_values` as bf16, exactly.
@@ -47,12 +48,12 @@ template <int BITS> constexpr int TWO_FOUR_BYTES = 16 * BITS;
 // One strip's blocks of one tier.
 struct Run {
     int64_t first, count;
-    const int32_t *columns = nullptr;
+    const uint16_t *columns = nullptr;
 };
 
 inline Run run_of(const Matrix &m, int64_t strip, int tier) {
     const int64_t *start = m.starts + 3 * strip, *end = start + 3;
-    const int32_t *columns = m.columns + strip * m.block_columns;
+    const uint16_t *columns = m.columns + strip * m.block_columns;
     for (int before = 0; before < tier; ++before) columns += end[before] - start[before];
     return {start[tier], end[tier] - start[tier], columns};
 }
@@ -74,7 +75,7 @@ inline void fetch_places(const Matrix &m, int64_t strip) {
     if (!m.quads_before) return;
     const int64_t first = m.quads_before[strip], end = m.quads_before[strip + 1];
     fetch_all(m.quad_blocks + 4 * first, m.quad_blocks + 4 * end);
-    fetch_all(m.vectors_before + first, m.vectors_before + end);
+    fetch_all(m.quad_starts + 2 * first, m.quad_starts + 2 * end);
 }
 
 inline float widen(bf16 value) {

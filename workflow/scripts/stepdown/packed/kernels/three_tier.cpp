@@ -2,11 +2,12 @@
 #include "decoder_layer.h"
 #include "unpack.h"
 
-// 2: AVX-512 with BF16, VBMI, VNNI and GFNI; 1: AVX2 with FMA; 0: neither.
+// 2: AVX-512 with BF16, VBMI, VBMI2, VNNI and GFNI; 1: AVX2 with FMA; 0: neither.
 extern "C" int three_tier_instructions() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                        __builtin_cpu_supports("avx512bf16") &&
                         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     return avx512 ? 2 : avx2 ? 1 : 0;
