@@ -65,19 +65,6 @@ template <int BYTES, int BY = AHEAD> __attribute__((always_inline)) inline void 
     for (int line = 0; line < BYTES; line += 64) _mm_prefetch((const char *)from + BY + line, _MM_HINT_T0);
 }
 
-// Where a strip's blocks stand is read in short pieces, which the processor does not foresee.
-inline void fetch_places(const Matrix &m, int64_t strip) {
-    const auto fetch_all = [](const auto *first, const auto *end) {
-        for (const char *line = (const char *)first; line < (const char *)end; line += 64) fetch<64, 0>(line);
-    };
-    if (strip >= m.strips) return;
-    fetch_all(m.columns + strip * m.block_columns, m.columns + (strip + 1) * m.block_columns);
-    if (!m.quads_before) return;
-    const int64_t first = m.quads_before[strip], end = m.quads_before[strip + 1];
-    fetch_all(m.quad_blocks + 4 * first, m.quad_blocks + 4 * end);
-    fetch_all(m.quad_starts + 2 * first, m.quad_starts + 2 * end);
-}
-
 inline float widen(bf16 value) {
     uint32_t bits = uint32_t(value) << 16;
     float result;
@@ -108,7 +95,6 @@ struct Input {
 #define STRIP(name, INSTRUCTIONS)                                                                                      \
     template <class Totals> INSTRUCTIONS void name(const Matrix &m, int64_t strip, Input in, float *sums) {            \
         Totals total = {};                                                                                             \
-        if (Totals::WAITS) fetch_places(m, strip + 1);                                                                 \
         alignas(64) float rest[B * Totals::ROWS] = {};                                                                 \
         const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = Totals::top_k(m, strip);        \
         const int64_t longest = std::max({dense.count, two_four.count, top_k.count});                                  \
