@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .sharding import local
 
-# Weights computed at a time: what a step holds in float32, whatever the size of a matrix.
-CHUNK = 2**24
+# Weights computed at a time: what a step holds in float32, whatever the size of a matrix. A CPU has them in its caches.
+CHUNK, GPU_CHUNK = 2**20, 2**24
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
@@ -36,22 +36,23 @@ class BFloat16AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        trained = [(group, each) for group in self.param_groups for each in group["params"] if each.grad is not None]
+        # All moments before the first is computed: between what that leaves they would stand apart, and hold it.
+        for _, weight in trained:
+            if not self.state[weight]:
+                moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                self.state[weight].update(step=torch.zeros(()), **moments)
         generator = None
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-                state["step"] += 1
-                step = int(state["step"])
-                if generator is None:
-                    generator = torch.Generator(weight.device).manual_seed((self.seed << 32) + step)
-                held = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
-                for chunk in zip(*(local(each).view(-1).split(CHUNK) for each in held), strict=True):
-                    _step_(*chunk, step, group, generator)
+        for group, weight in trained:
+            state = self.state[weight]
+            state["step"] += 1
+            step = int(state["step"])
+            if generator is None:
+                generator = torch.Generator(weight.device).manual_seed((self.seed << 32) + step)
+            held = (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])
+            chunk_size = CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+            for chunk in zip(*(local(each).view(-1).split(chunk_size) for each in held), strict=True):
+                _step_(*chunk, step, group, generator)
 
 
 def _step_(

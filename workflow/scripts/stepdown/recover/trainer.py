@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import UserError
 from ..files import SINGLE_FILE_NAME
+from ..memory import give_back_freed
 from ..models.checkpoint import load_tensors, save_tensors
 from ..tensors.masks import as_bits, from_bits
 from .distillation import Distillation
@@ -79,6 +80,8 @@ class MaskedTrainer(Trainer):
         # Once per step, when the last batch of the accumulation has been added.
         if self.accelerator.sync_gradients:
             self._mask_gradients()
+            # What the layers left between the gradients would be held beside all that the optimizer makes.
+            give_back_freed()
         return loss
 
     def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
