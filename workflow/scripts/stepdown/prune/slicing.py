@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from ..cli import progress
 from ..errors import UserError
+from ..memory import give_back_freed
 from ..models.checkpoint import REST, load_tensors, save_tensors, waiting_beside, write_checkpoint
-from ..models.decoder import Decoder, load_module
+from ..models.decoder import Decoder, load_module, unload
 from ..models.layer_walk import LayerWalk
 from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 from ..plan.compressions import check_sliceable
 from .layerwise import LoadedLayer, visit
 from .statistics import accumulating
+
+# Of a matrix, in float64 at a time.
+ROWS = 1024
 
 
 def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
@@ -65,7 +69,7 @@ def slice_checkpoint(
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, file in progress(files.items(), "write"):
                 yield name, load_tensors(file)[0]
-            yield REST, _around_layers(decoder, centre, first, last)
+            yield from _around_layers(decoder, centre, first, last)
 
         write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
 
@@ -120,12 +124,13 @@ def centring(decoder: Decoder) -> Tensor:
 
 def read_in_(linear: nn.Linear, norm: nn.Module, basis: Tensor) -> None:
     """Let a linear read from `basis` [full width, width] what it read from a norm, whose weights it takes over."""
-    weight, shift = linear.weight.double(), getattr(norm, "bias", None)
+    weight, shift = linear.weight, getattr(norm, "bias", None)
     if shift is not None:
-        bias = weight @ shift.double() + (0 if linear.bias is None else linear.bias.double())
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype))
-    scaled = weight if norm.weight is None else weight * norm.weight.double()
-    linear.weight = nn.Parameter((scaled @ basis).to(linear.weight.dtype))
+        bias = _product(weight, shift.double()[:, None], torch.float64)[:, 0]
+        bias += 0 if linear.bias is None else linear.bias.double()
+        linear.bias = nn.Parameter(bias.to(weight.dtype))
+    scaled = basis if norm.weight is None else norm.weight.double()[:, None] * basis
+    linear.weight = nn.Parameter(_product(weight, scaled, weight.dtype))
     linear.in_features = basis.shape[1]
 
 
@@ -133,17 +138,30 @@ def write_in_(module: nn.Linear | nn.Embedding, basis: Tensor) -> None:
     """Let a linear or an embedding write in `basis` [full width, width] what it wrote to the residual."""
     dtype = module.weight.dtype
     if isinstance(module, nn.Embedding):
-        module.weight = nn.Parameter((module.weight.double() @ basis).to(dtype))
+        module.weight = nn.Parameter(_product(module.weight, basis, dtype))
         return
-    module.weight = nn.Parameter((basis.T @ module.weight.double()).to(dtype))
+    module.weight = nn.Parameter(_product(module.weight.T, basis, dtype).T.contiguous())
     module.out_features = basis.shape[1]
     if module.bias is not None:
         module.bias = nn.Parameter((module.bias.double() @ basis).to(dtype))
 
 
+def _product(weight: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight [n, m] @ matrix, float64 [m, k], rounded once; of the weight a few rows at a time are in float64."""
+    product = torch.empty(len(weight), matrix.shape[1], dtype=dtype, device=weight.device)
+    for rows, result in zip(weight.split(ROWS), product.split(ROWS), strict=True):
+        result.copy_(rows.double() @ matrix)
+    return product
+
+
 def principal_directions(walk: LayerWalk, width: int) -> Tensor:
     """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
-    return _directions(sum(_squares(state.to(walk.decoder.device)) for state in walk.states), width)
+    width_before = walk.states[0].shape[-1]
+    covariance = torch.zeros(width_before, width_before, dtype=torch.float64, device=walk.decoder.device)
+    for state in walk.states:
+        tokens = state.to(covariance.device).flatten(0, -2).double()
+        covariance.addmm_(tokens.T, tokens)
+    return _directions(covariance, width)
 
 
 def _squares(states: Tensor) -> Tensor:
@@ -154,6 +172,8 @@ def _squares(states: Tensor) -> Tensor:
 def _directions(covariance: Tensor, width: int) -> Tensor:
     if not covariance.isfinite().all():
         raise UserError("slicegpt: a state on the calibration text is NaN or infinite; so must a weight be")
+    # The solver takes as much again as four such matrices.
+    give_back_freed()
     return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].contiguous()
 
 
@@ -170,26 +190,39 @@ def _set_shortcut(layer: nn.Module, name: str, matrix: Tensor) -> None:
 # --- what is not a decoder layer -------------------------------------------------------------------------------------
 
 
-def _around_layers(decoder: Decoder, centre: Tensor, first: Tensor, last: Tensor) -> dict[str, Tensor]:
-    """Embeddings in the basis `first`, the head in that of the last layer's outputs; anything else as it was."""
+def _around_layers(
+    decoder: Decoder, centre: Tensor, first: Tensor, last: Tensor
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Embeddings in the basis `first`, the head in that of the last layer's outputs, one in memory at a time; anything
+    else as it was."""
     model, form = decoder.model, form_of(decoder.model)
-    loaded = {name: model.get_submodule(name) for name in {*form.embeddings, form.final_norm, form.head}}
-    for name, module in loaded.items():
-        load_module(decoder, module, name)
-    norm = loaded.pop(form.final_norm)
-    tensors = {}
+    norm = model.get_submodule(form.final_norm)
+    load_module(decoder, norm, form.final_norm)
     if form.tied:
-        tensors = _tied(form, loaded.pop(form.tied).weight.double(), norm, centre, first, last)
-        loaded.pop(form.head)
-    else:
-        read_in_(loaded[form.head], norm, last)
-    for name in loaded.keys() - {form.head}:
-        write_in_(loaded[name], centre @ first)
-    tensors |= {f"{name}.{key}": part for name, module in loaded.items() for key, part in module.state_dict().items()}
+        embedding = model.get_submodule(form.tied)
+        load_module(decoder, embedding, form.tied)
+        yield form.tied, _stored(decoder, _tied(form, embedding.weight, norm, centre, first, last))
+        unload(embedding)
+    for name in sorted({*form.embeddings, form.head} - ({form.tied, form.head} if form.tied else set())):
+        module = model.get_submodule(name)
+        load_module(decoder, module, name)
+        if name == form.head:
+            read_in_(module, norm, last)
+        else:
+            write_in_(module, centre @ first)
+        yield name, _stored(decoder, {f"{name}.{key}": part for key, part in module.state_dict().items()})
+        unload(module)
     done = tuple(f"{name}." for name in (decoder.layers_name, form.final_norm, form.head, *form.embeddings))
-    for own, stored in decoder.stored.items():
-        if not own.startswith(done) and own not in model.all_tied_weights_keys:
-            tensors[own] = decoder.checkpoint.tensors([stored])[stored]
+    others = {
+        own: decoder.checkpoint.tensors([stored])[stored]
+        for own, stored in decoder.stored.items()
+        if not own.startswith(done) and own not in model.all_tied_weights_keys
+    }
+    if others:
+        yield REST, _stored(decoder, others)
+
+
+def _stored(decoder: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().to(decoder.dtype) for name, tensor in tensors.items()}
 
 
@@ -201,14 +234,22 @@ def _tied(
     T = E Q_first stands for both; the head's E diag(gamma) Q_last is T M with the M of least squares, exact where
     nothing is cut off. The centring C that a LayerNorm asks for is no part of T: Q' C Q follows it.
     """
-    table = embedding @ first
-    gram = torch.linalg.cholesky(table.T @ table)
-    scaled = embedding if norm.weight is None else embedding * norm.weight.double()
-    tensors = {f"{form.tied}.weight": table}
-    tensors[f"{form.final_norm}.1.weight"] = torch.cholesky_solve(table.T @ (scaled @ last), gram)
-    if getattr(norm, "bias", None) is not None:
-        shift = embedding @ norm.bias.double()
-        tensors[f"{form.final_norm}.1.bias"] = torch.cholesky_solve((table.T @ shift)[:, None], gram)[:, 0]
+    scaled = last if norm.weight is None else norm.weight.double()[:, None] * last
+    shift = getattr(norm, "bias", None)
+    targets = scaled if shift is None else torch.cat([scaled, shift.double()[:, None]], 1)
+    gram, products = first.new_zeros(first.shape[1], first.shape[1]), first.new_zeros(first.shape[1], targets.shape[1])
+    for part in embedding.split(ROWS):
+        rows = part.double()
+        table = rows @ first
+        gram += table.T @ table
+        products += table.T @ (rows @ targets)
+    solved = torch.cholesky_solve(products, torch.linalg.cholesky(gram))
+    tensors = {
+        f"{form.tied}.weight": _product(embedding, first, embedding.dtype),
+        f"{form.final_norm}.1.weight": solved[:, : last.shape[1]].contiguous(),
+    }
+    if shift is not None:
+        tensors[f"{form.final_norm}.1.bias"] = solved[:, -1].contiguous()
     if form.centring:
         tensors[f"{form.centring}.weight"] = first.T @ centre @ first
     return tensors
