@@ -107,7 +107,9 @@ def test_calibration_is_what_hooks_on_the_whole_model_see(folder, tokens):
     assert norms.keys() == sums.keys()
     for name, norm in norms.items():
         assert norm.dtype == torch.float32
-        torch.testing.assert_close(norm.double(), sums[name] / len(tokens), rtol=1e-5, atol=1e-9)
+        expected = sums[name] / len(tokens)
+        # Roundings of a float32 forward are as large as its inputs, also where one of these is small.
+        torch.testing.assert_close(norm.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.mean()))
 
 
 def test_an_expert_that_sees_no_token_goes_by_magnitude(tmp_path, tokens, caplog):
