@@ -10,6 +10,7 @@ shortcut matrix Q_before' Q_after turns the residual from one into the next.
 import json
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -156,12 +157,7 @@ def _product(weight: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def principal_directions(walk: LayerWalk, width: int) -> Tensor:
     """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
-    width_before = walk.states[0].shape[-1]
-    covariance = torch.zeros(width_before, width_before, dtype=torch.float64, device=walk.decoder.device)
-    for state in walk.states:
-        tokens = state.to(covariance.device).flatten(0, -2).double()
-        covariance.addmm_(tokens.T, tokens)
-    return _directions(covariance, width)
+    return _directions(reduce(Tensor.add_, (_squares(state.to(walk.decoder.device)) for state in walk.states)), width)
 
 
 def _squares(states: Tensor) -> Tensor:
@@ -196,14 +192,15 @@ def _around_layers(
     """Embeddings in the basis `first`, the head in that of the last layer's outputs, one in memory at a time; anything
     else as it was."""
     model, form = decoder.model, form_of(decoder.model)
-    norm = model.get_submodule(form.final_norm)
+    norm, names = model.get_submodule(form.final_norm), {*form.embeddings, form.head}
     load_module(decoder, norm, form.final_norm)
     if form.tied:
+        names -= {form.tied, form.head}
         embedding = model.get_submodule(form.tied)
         load_module(decoder, embedding, form.tied)
         yield form.tied, _stored(decoder, _tied(form, embedding.weight, norm, centre, first, last))
         unload(embedding)
-    for name in sorted({*form.embeddings, form.head} - ({form.tied, form.head} if form.tied else set())):
+    for name in sorted(names):
         module = model.get_submodule(name)
         load_module(decoder, module, name)
         if name == form.head:
@@ -223,6 +220,7 @@ def _around_layers(
 
 
 def _stored(decoder: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and in the checkpoint's type."""
     return {name: tensor.cpu().to(decoder.dtype) for name, tensor in tensors.items()}
 
 
@@ -238,14 +236,16 @@ def _tied(
     shift = getattr(norm, "bias", None)
     targets = scaled if shift is None else torch.cat([scaled, shift.double()[:, None]], 1)
     gram, products = first.new_zeros(first.shape[1], first.shape[1]), first.new_zeros(first.shape[1], targets.shape[1])
-    for part in embedding.split(ROWS):
+    table = embedding.new_empty(len(embedding), first.shape[1])
+    for part, stored in zip(embedding.split(ROWS), table.split(ROWS), strict=True):
         rows = part.double()
-        table = rows @ first
-        gram += table.T @ table
-        products += table.T @ (rows @ targets)
+        turned = rows @ first
+        stored.copy_(turned)
+        gram += turned.T @ turned
+        products += turned.T @ (rows @ targets)
     solved = torch.cholesky_solve(products, torch.linalg.cholesky(gram))
     tensors = {
-        f"{form.tied}.weight": _product(embedding, first, embedding.dtype),
+        f"{form.tied}.weight": table,
         f"{form.final_norm}.1.weight": solved[:, : last.shape[1]].contiguous(),
     }
     if shift is not None:
