@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from stepdown.errors import UserError
 from stepdown.models import tensor_files
-from stepdown.models.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint, shard_of
+from stepdown.models.checkpoint import Checkpoint, pass_on_checkpoint, rewrite_checkpoint, rewriting_layers, shard_of
 from stepdown.models.decoder import open_decoder
 from stepdown.models.fused import Fused
 from stepdown.models.tensor_files import load_tensors, save_tensors
@@ -291,6 +292,17 @@ def test_a_written_shard_is_let_go_of_before_the_next_is_read(model, tmp_path):
 
     rewrite_checkpoint(model, tmp_path / "same", look, IDENTITY)
     assert len(given) == len(Checkpoint(model).shards())
+
+
+def test_a_layer_put_aside_is_let_go_of_before_the_next_is_made(model, tmp_path):
+    source = Checkpoint(model)
+    name = next(iter(open_decoder(model, "cpu").linears())) + ".weight"
+    with rewriting_layers(source, tmp_path / "zeroed", IDENTITY) as write:
+        layer = {name: torch.zeros(source.shape(name))}
+        held = weakref.ref(layer[name])
+        write(layer)
+        assert held() is None
+    assert not Checkpoint(tmp_path / "zeroed").tensors([name])[name].any()
 
 
 def test_every_type_is_read_as_it_was_stored(model, tmp_path):

@@ -321,8 +321,9 @@ def rewriting_layers(
     """Write `target` as `source` with tensors of its layers changed, in the order of the model's layers.
 
     Yields what takes the new tensors of a layer by name: those that `source` has, or of a linear the parts that stand
-    for its weight, such as `weight_packed`. The checkpoint is written when the block ends: layers are walked in the
-    order of the model and written in the order of their names. texts: see `write_checkpoint`.
+    for its weight, such as `weight_packed`. It leaves the dict it is given empty, so that a layer is not held while
+    the next one is made. The checkpoint is written when the block ends: layers are walked in the order of the model and
+    written in the order of their names. texts: see `write_checkpoint`.
     """
     file_of: dict[str, Path] = {}
     with waiting_beside(target) as waiting:
@@ -332,6 +333,7 @@ def rewriting_layers(
             save_tensors(tensors, file, {})
             replaced = (name if name in source else f"{name.rpartition('.')[0]}.weight" for name in tensors)
             file_of.update(dict.fromkeys(replaced, file))
+            tensors.clear()
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for shard, names in progress(source.shards().items(), "write"):

@@ -40,7 +40,7 @@ def quantise_checkpoint(
     with rewriting_layers(decoder.checkpoint, target, identity, _texts(decoder, asked)) as write:
         rounded = _by_rounding(decoder, asked)
         for layer in rounded if asked.method == "int" else _by_gptq(decoder, windows, batch_size, asked):
-            write({f"{name}.{key}": part for name, found in layer.items() for key, part in pack(found, asked).items()})
+            write(layer)
 
 
 @torch.no_grad()
@@ -64,18 +64,19 @@ def check_packable(decoder: Decoder) -> None:
         ) from None
 
 
-def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Quantised]]:
-    """The matrices of each layer by name, rounded to nearest: no text is asked for."""
+def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Tensor]]:
+    """The packed tensors of each layer by name, rounded to nearest: no text is asked for."""
     for names in progress(decoder.checkpoint.shards().values(), "round to nearest"):
         weights = {name: decoder.checkpoint.matrix(name) for name in decoder.linears() if f"{name}.weight" in names}
         for name, weight in weights.items():
             check_finite(decoder.checkpoint.folder, name, weight)
         if weights:
-            yield {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
+            rounded = {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
+            yield _packed(rounded, asked)
 
 
-def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisation) -> Iterator[dict[str, Quantised]]:
-    """The matrices of each layer by name, quantised by what the layer sees of those quantised before it."""
+def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisation) -> Iterator[dict[str, Tensor]]:
+    """The packed tensors of each layer by name, quantised by what the layer sees of those quantised before it."""
     found: dict[str, Quantised] = {}
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
@@ -89,7 +90,11 @@ def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisa
 
     gather = {"hessian": partial(accumulating_hessians, samples=len(windows))}
     for layer in change_layers(LayerWalk(decoder, windows.split(batch_size)), "gptq", gather, make):
-        yield {name: found.pop(name) for name in layer.linears if name in found}
+        yield _packed({name: found.pop(name) for name in layer.linears if name in found}, asked)
+
+
+def _packed(layer: dict[str, Quantised], asked: Quantisation) -> dict[str, Tensor]:
+    return {f"{name}.{key}": part for name, found in layer.items() for key, part in pack(found, asked).items()}
 
 
 def _texts(decoder: Decoder, asked: Quantisation) -> dict[str, str]:
