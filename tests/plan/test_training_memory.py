@@ -3,6 +3,7 @@ much."""
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -63,6 +64,23 @@ def test_the_files_of_a_model_tell_its_size():
     assert (size.layers, size.hidden) == (config["num_hidden_layers"], config["hidden_size"])
     norms = (2 * size.layers + 1) * size.hidden
     assert size.parameters == size.matrices + size.vocabulary * size.hidden + norms  # its head is tied
+
+
+@pytest.mark.parametrize(
+    "experts, intermediate",
+    [
+        ({"num_experts_per_tok": 2}, 2 * 688),
+        ({"num_experts_per_tok": 4, "moe_intermediate_size": 96, "n_shared_experts": 2}, 6 * 96),
+        ({"num_experts_per_tok": 4, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 200}, 584),
+        ({"num_experts_per_tok": [2, 2]}, 688),
+    ],
+)
+def test_a_token_goes_through_several_experts(tmp_path, experts, intermediate):
+    folder = REPOSITORY / "resources/pydoc-llama"
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 688} | experts
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    assert read_model_size(tmp_path / "model").intermediate == intermediate
 
 
 def test_it_is_told_before_the_first_job(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_recovery import SETTINGS, WINDOWS, command, finetuned, prune, pruned, run, same, tiny_llama  # noqa: F401
+from tiny_configurations import VOCABULARY, tiny_configuration
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import finetune
@@ -20,6 +22,7 @@ from stepdown.errors import UserError
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.recover import recovery
 from stepdown.recover.distillation import Distillation, divergence, load_teacher
+from stepdown.recover.processes import run_in_processes
 from stepdown.recover.recovery import check_pruned_are_zero, recover
 from stepdown.recover.settings import RecoverySettings
 from stepdown.recover.trainer import MaskedTrainer
@@ -238,6 +241,19 @@ def test_two_processes_train_as_one_that_accumulates_twice_as_much(pruned, disti
             columns = old.shape[1] // 2
             assert not new[:, columns:][old[:, columns:] == 0].any()
             assert not torch.equal(old, new)
+
+
+def train_by_text(family: str, state: Path) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_configuration(family))
+    windows = torch.randint(2, VOCABULARY - 8, (4, 12), generator=torch.Generator().manual_seed(0))
+    options = {"batch_size": 1, "gradient_accumulation": 1, "evaluation_steps": 2, "bf16": False}
+    found = recover(model, {}, windows, windows[:2], RecoverySettings(epochs=1, processes=2, **options), state)
+    assert found.steps == 2 and len(found.evaluations) == 2
+
+
+def test_what_no_text_reaches_is_not_waited_for(tmp_path):
+    """gemma3 has a part for images: its parameters get no gradients, in no process."""
+    run_in_processes(train_by_text, 2, "gemma3", tmp_path)
 
 
 def test_all_options_together_over_shards(pruned):  # noqa: F811

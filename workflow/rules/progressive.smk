@@ -276,7 +276,8 @@ rule finetune:
         "../envs/finetune.yaml"
     threads: THREADS
     resources:
-        mem_mb=memory(64000),
+        # Each process has the whole model, but for one in shards.
+        mem_mb=memory(64000 * (1 if config["recovery"]["sharded"] else config["recovery"]["processes"])),
         runtime=minutes(1440),
         gpu=GPUS * config["recovery"]["processes"],
     params:

@@ -5,6 +5,7 @@ without tensor cores. For more, W is unpacked for as long as cuBLAS takes.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -41,9 +42,11 @@ class TritonMultiply:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
-        if len(x) > FEW:
-            return linear(x, self._unpacked(), self._bias)
-        return self._few_rows(x) if len(x) else x.new_empty(0, self._matrix.shape[0])
+        # Triton launches on the current GPU, wherever its tensors are.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            if len(x) > FEW:
+                return linear(x, self._unpacked(), self._bias)
+            return self._few_rows(x) if len(x) else x.new_empty(0, self._matrix.shape[0])
 
     def _few_rows(self, x: Tensor) -> Tensor:
         # Four at a time are read, and kernels are compiled for an address that is a multiple of 16 bytes.

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import getpass
 import os
 import re
 import subprocess
@@ -29,7 +28,7 @@ def claim_gpus(count: int = 1) -> None:
         return
     if count > len(devices):
         raise UserError(f"{count} GPUs asked for, {len(devices)} there: ask for fewer, or set device: cpu")
-    folder = Path(tempfile.gettempdir(), f"stepdown-gpus-{getpass.getuser()}")
+    folder = Path(tempfile.gettempdir(), f"stepdown-gpus-{os.getuid()}")
     folder.mkdir(exist_ok=True)
     while not (claimed := lock_free(devices, count, folder)):
         time.sleep(1)

@@ -37,6 +37,10 @@ SIZES = {
     "vocabulary": ("vocab_size",),
     "intermediate": ("intermediate_size", "n_inner", "ffn_dim"),
 }
+# Of a layer of experts: what one makes of a token, to how many a token goes, and how many see all tokens.
+EXPERT_SIZES = ("moe_intermediate_size", *SIZES["intermediate"])
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,10 @@ def read_model_size(folder: Path) -> ModelSize | None:
     config = read_json_object(folder / "config.json")
     text_config = config.get("text_config")
     config |= text_config if isinstance(text_config, dict) else {}
-    sizes = {size: next((config[name] for name in names if config.get(name)), 0) for size, names in SIZES.items()}
+    sizes = {size: _first(config, names) for size, names in SIZES.items()}
     sizes["intermediate"] = sizes["intermediate"] or 4 * sizes["hidden"]
+    if experts := _intermediate_of_experts(config):
+        sizes["intermediate"] = experts
     shapes = [
         entry["shape"]
         for file in weight_files(folder)
@@ -142,6 +148,19 @@ def read_model_size(folder: Path) -> ModelSize | None:
     vocabularies = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == sizes["vocabulary"])
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1) - vocabularies
     return ModelSize(sum(map(math.prod, shapes)), matrices, **sizes)
+
+
+def _first(config: dict, names: tuple[str, ...]) -> int:
+    return next((config[name] for name in names if config.get(name)), 0)
+
+
+def _intermediate_of_experts(config: dict) -> int:
+    """What all experts together make of a token; 0 where a config names none."""
+    size, chosen, shared = (_first(config, names) for names in (EXPERT_SIZES, EXPERTS_OF_A_TOKEN, SHARED_EXPERTS))
+    own = _first(config, ("shared_expert_intermediate_size",))
+    if not chosen or not all(isinstance(number, int) for number in (size, chosen, shared, own)):
+        return 0
+    return size * (chosen + shared) + own
 
 
 def check_memory(model: ModelSize, plan: TrainingPlan, found: int) -> None:

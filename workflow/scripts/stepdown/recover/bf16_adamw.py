@@ -45,7 +45,8 @@ class BFloat16AdamW(torch.optim.Optimizer):
         generator = None
         for group, weight in trained:
             state = self.state[weight]
-            state["step"] += 1
+            # On the CPU, wherever a checkpoint was read to: counting is not to wait for a GPU.
+            state["step"] = state["step"].cpu() + 1
             step = int(state["step"])
             if generator is None:
                 generator = torch.Generator(weight.device).manual_seed((self.seed << 32) + step)

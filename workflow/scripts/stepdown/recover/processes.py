@@ -5,8 +5,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
@@ -35,6 +36,8 @@ def run_in_processes(function: Callable[..., None], count: int, *arguments: Any)
         port = free.getsockname()[1]
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     threads = max(1, torch.get_num_threads() // count)
+    # Tensors would go through shared memory, of which a container has little.
+    arguments = tuple(each.numpy() if isinstance(each, Tensor) else each for each in arguments)
     try:
         multiprocessing.spawn(_work, (count, port, threads, errors, function, arguments), nprocs=count)
     except (ProcessExitedException, ProcessRaisedException):
@@ -49,13 +52,13 @@ def _work(rank: int, count: int, port: int, threads: int, errors: Any, function:
     torch.set_num_threads(threads)
     map_large_tensors()
     try:
-        function(*arguments)
+        function(*(torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in arguments))
     except (UserError, OSError) as error:
         errors.put(str(error))
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        # At once: NCCL would have this process wait for the others, which wait for it.
+        os._exit(1)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_first() -> bool:

@@ -88,6 +88,8 @@ def recover(
         shape = (settings.lora_targets, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
         model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
+    if settings.processes > 1 and not settings.sharded:
+        training.ddp_find_unused_parameters = not _text_reaches_all(model, windows[:1, :2])
     _place(model, teacher, settings.sharded, training.device, read)
     trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
         # An adapter's own mask does all there is to do.
@@ -116,6 +118,19 @@ def _check_texts(**windows: Tensor) -> None:
             raise UserError(
                 f"recovery: the {name} text is shorter than one window: shorten sequence_length or give more text"
             )
+
+
+def _text_reaches_all(model: nn.Module, tokens: Tensor) -> bool:
+    """Whether what a model makes of tokens depends on all that is trained: not on a part for images, nor on an indexer
+    that is trained by itself. Processes would wait for the gradients of these."""
+    nodes, seen = [model.eval()(input_ids=tokens, use_cache=False).logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    reached = {node.variable for node in seen if hasattr(node, "variable")}
+    return all(parameter in reached for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _place(

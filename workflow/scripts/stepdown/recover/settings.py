@@ -134,6 +134,8 @@ def training_arguments(settings: RecoverySettings, state: Path, device: str) -> 
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and settings.processes > 1 else None,
         ddp_find_unused_parameters=False,
+        # They are the same everywhere, and LoRA's masks are as large as the matrices.
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=device != "cpu",
         eval_strategy="steps",
         eval_steps=settings.evaluation_steps,

@@ -44,7 +44,7 @@ def optimal_brain_surgeon(weight: Tensor, hessian: Tensor, pattern: Pattern, nam
         kernels.settle_n_of_m(part, *given, *pattern.n_of_m)
 
     kernels = _kernels() if weight.is_cuda and pattern.n_of_m else None
-    if kernels and pattern.columns <= kernels.PANEL:
+    if kernels and pattern.columns <= kernels.GROUP:
         groups = kernels.PANEL // pattern.columns
         return settle_columns(weight, hessian, groups * pattern.columns, settle_groups, name)
     return settle_columns(weight, hessian, pattern.columns, settle, name)
