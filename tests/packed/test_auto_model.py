@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import make_model
 from three_tiers import pack_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import stepdown  # noqa: F401, packed folders are known from here on
 from stepdown.errors import UserError
@@ -73,6 +73,11 @@ def test_a_pipeline(packed):
     assert text == generate.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
+def change_json(path, **changes):
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | changes))
+
+
 def refused(folder, match, **options):
     with pytest.raises(UserError, match=match) as caught:
         AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -101,6 +106,51 @@ def test_a_configuration_of_another_model(copied):
         with pytest.raises(UserError, match="take both from the same model") as caught:
             load(copied)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_packed, AutoModelForCausalLM.from_pretrained])
+def test_fewer_layers_than_the_files_hold(copied, load):
+    change_json(copied / "config.json", num_hidden_layers=2)
+    with pytest.raises(UserError, match=r"also hold model\.layers\.2.*config\.json has no place") as caught:
+        load(copied)
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_configuration_given_by_hand_counts(copied):
+    """Such as a longer context by another rotation, or another end."""
+    config = AutoConfig.from_pretrained(copied)
+    before = AutoModelForCausalLM.from_pretrained(copied, config=config, device_map="cpu")(tokens()).logits
+    config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    found = AutoModelForCausalLM.from_pretrained(copied, config=config, device_map="cpu")(tokens()).logits
+    change_json(copied / "config.json", rope_parameters=config.rope_parameters)
+    assert torch.equal(found, load_packed(copied, device="cpu")(tokens()).logits)
+    assert not torch.equal(found, before)
+
+
+@torch.no_grad()
+def test_a_model_without_its_head(packed):
+    found = AutoModel.from_pretrained(packed, device_map="cpu")(tokens()).last_hidden_state
+    assert torch.equal(found, load_packed(packed, device="cpu").model(tokens()).last_hidden_state)
+
+
+def test_where_a_text_ends(copied):
+    change_json(copied / "generation_config.json", eos_token_id=[1, 7], pad_token_id=9)
+    for model in (load_packed(copied), AutoModelForCausalLM.from_pretrained(copied)):
+        assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([1, 7], 9)
+    (copied / "generation_config.json").write_text('{"eos_token_id": [1,')
+    with pytest.raises(UserError, match="generation_config.json: not JSON"):
+        load_packed(copied)
+
+
+def test_other_devices(packed):
+    refused(packed, "device_map: .*on 'cpu' or 'cuda', found 'disk'", device_map={"": "disk"})
+
+
+def test_what_a_later_version_adds_to_the_configuration(copied):
+    quantization = json.loads((copied / "config.json").read_text())["quantization_config"]
+    change_json(copied / "config.json", quantization_config=quantization | {"groups": 4})
+    AutoModelForCausalLM.from_pretrained(copied)
 
 
 def test_several_devices(packed):

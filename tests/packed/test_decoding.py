@@ -1,11 +1,14 @@
 """Single tokens through a decoder in C++: what transformers makes of them, whatever the cache went through."""
 
+import copy
+
 import pytest
 import torch
 from test_kernels import available, relative_error
 from three_tiers import random_three_tier
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from stepdown.errors import UserError
 from stepdown.models.linears import replace_module
 from stepdown.packed import decoding
 from stepdown.packed.format import pack
@@ -24,7 +27,7 @@ SIZES = {
 }
 FAMILIES = {
     "llama": {"attention_bias": True},
-    "mistral": {"sliding_window": 8},
+    "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
 }
@@ -38,7 +41,7 @@ def kernel(request):
 def model_of(family, kernel, bits=None, **others):
     """A random one in bf16 whose linears are packed, its norms not all ones."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], **others)
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family] | others))
     model = AutoModelForCausalLM.from_config(config).bfloat16().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -146,8 +149,82 @@ def test_several_sequences_go_through_the_decoder_itself(kernel):
     assert relative_error(logits_of(model, tokens, 3), expected.double()) < NEAR
 
 
+def double_norms(model):
+    norms = {name: 2 * weight for name, weight in model.state_dict().items() if "norm" in name}
+    model.load_state_dict(norms, strict=False, assign=True)
+
+
+def steer(model):
+    model.model.layers[0].register_forward_hook(lambda module, given, states: states + 3)
+
+
+def drop_mlp(model):
+    model.model.layers[1].mlp = torch.nn.Identity()
+
+
+def copy_norm(model):
+    model.model.layers[1].input_layernorm = copy.deepcopy(model.model.layers[0].input_layernorm)
+
+
+@pytest.mark.parametrize("change", [double_norms, steer, drop_mlp, copy_norm])
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_changed_later_is_seen(change, begun, kernel):
+    model = quickened(model_of("llama", kernel))
+    if begun:
+        logits_of(model, TOKENS[:, :6], 3)
+    change(model)
+    found, expected = logits_of(model, TOKENS, 3), logits_of(slow(model), TOKENS, 3)
+    assert relative_error(found, expected.double()) < NEAR
+
+
+def test_changed_keys_and_values_are_used(kernel):
+    model = quickened(model_of("llama", kernel))
+    found = []
+    for each in (model, slow(copy.deepcopy(model))):
+        cache = each(TOKENS[:, :3], use_cache=True).past_key_values
+        each(TOKENS[:, 3:4], past_key_values=cache)
+        for layer in cache.layers[1:]:
+            layer.values = 3 * layer.values
+        found.append(each(TOKENS[:, 4:5], past_key_values=cache).logits[0])
+    assert relative_error(found[0], found[1].double()) < NEAR
+
+
+def test_copies_of_a_cache_go_their_own_ways(kernel):
+    model = quickened(model_of("llama", kernel))
+    caches = [model(TOKENS[:, :3], use_cache=True).past_key_values]
+    model(TOKENS[:, 3:4], past_key_values=caches[0])
+    caches.append(copy.copy(caches[0]))
+    caches[1].layers = [copy.copy(layer) for layer in caches[0].layers]
+    for token, cache in enumerate(caches):
+        model(torch.tensor([[token]]), past_key_values=cache)
+    for token, cache in enumerate(caches):
+        found = model(TOKENS[:, 5:6], past_key_values=cache).logits[0]
+        tokens = torch.cat([TOKENS[:, :4], torch.tensor([[token]]), TOKENS[:, 5:6]], 1)
+        assert relative_error(found, slow(copy.deepcopy(model))(tokens).logits[0, -1:].double()) < NEAR
+
+
+def test_a_copy_of_a_model_computes_by_itself(kernel):
+    model = quickened(model_of("llama", kernel))
+    expected = logits_of(model, TOKENS, 3)
+    twin = copy.deepcopy(model)
+    double_norms(model)
+    assert torch.equal(logits_of(twin, TOKENS, 3), expected)
+    assert twin.model.forward._decoder is twin.model
+
+
+def test_gradients_are_refused(kernel):
+    model = quickened(model_of("llama", kernel))
+    states = model.model.embed_tokens(TOKENS).requires_grad_()
+    with pytest.raises(UserError, match="for running, not for training"):
+        model(inputs_embeds=states)
+    cache = model(TOKENS[:, :3], use_cache=True).past_key_values
+    model.model.norm.weight.requires_grad_()
+    assert model.model(TOKENS[:, 3:4], past_key_values=cache).last_hidden_state.requires_grad
+
+
 def test_others_stay_as_they_are(kernel):
     assert not decoding.quicken_decoding(model_of("llama", kernel, hidden_act="gelu"))
     assert not decoding.quicken_decoding(model_of("llama", "torch"))
+    assert not decoding.quicken_decoding(model_of("mistral", kernel, sliding_window=8))
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))
     assert not decoding.quicken_decoding(dense)

@@ -202,7 +202,9 @@ def test_a_missing_part(packed):
     refused(packed, f"{NAME}.top_k is missing")
 
 
-@pytest.mark.parametrize("shapes", ["", "[[]]", "{", '{"a": 3}', f'{{"{NAME}": [0, 16]}}', f'{{"{NAME}": ["1", 16]}}'])
+@pytest.mark.parametrize(
+    "shapes", ["", "[[]]", "{", '{"a": 3}', f'{{"{NAME}": [0, 16]}}', f'{{"{NAME}": ["1", 16]}}', "[" * 100000]
+)
 def test_metadata_that_say_nonsense(packed, shapes):
     rewrite_shard(packed, lambda tensors: None, {"shapes": shapes})
     refused(packed, "which matrices it holds")
@@ -214,6 +216,40 @@ def test_a_wrong_shape(packed):
     # As many blocks as there are.
     rewrite_shard(packed, lambda tensors: None, {"shapes": json.dumps(shapes | {NAME: [688, 250]})})
     refused(packed, rf"config.json makes {NAME}.weight \[688, 256\], the files hold \[688, 250\]")
+
+
+def test_metadata_that_are_none(packed):
+    """A header of the same length, so that all but the metadata stays as it was."""
+    content = shard(packed).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": None}
+    shard(packed).write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + content[end:]
+    )
+    edit_index(packed, lambda index: index["sha256"].update({shard(packed).name: sha256(shard(packed))}))
+    refused(packed, "format None")
+
+
+def test_a_norm_of_whole_numbers(packed):
+    norm = "model.layers.2.input_layernorm.weight"
+    rewrite_shard(packed, lambda tensors: tensors.update({norm: tensors[norm].to(torch.int8)}))
+    refused(packed, f"{norm} is torch.int8")
+
+
+def test_a_layer_too_much(packed):
+    rewrite_shard(packed, lambda tensors: tensors.update({"model.layers.6.mlp.up_proj.weight": torch.zeros(16, 16)}))
+    refused(packed, "also hold model.layers.6.mlp.up_proj.weight")
+
+
+def test_a_bias_the_model_has_not(packed):
+    rewrite_shard(packed, lambda tensors: tensors.update({f"{NAME}.bias": torch.zeros(688)}))
+    refused(packed, f"also hold {NAME}.bias")
+
+
+def test_a_loaded_model_is_not_saved_as_half_of_it(packed, tmp_path):
+    with pytest.raises(UserError, match="copy the folder"):
+        load_packed(packed).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_later_version(packed):
@@ -243,6 +279,13 @@ def test_a_shard_of_other_values(packed):
 )
 def test_an_index_that_says_nonsense(packed, change):
     edit_index(packed, change)
+    refused(packed, "not readable as the index")
+
+
+def test_an_index_too_deep_or_of_names_too_long(packed):
+    edit_index(packed, lambda index: index["sha256"].update({"x" * 300: "0"}))
+    refused(packed, "x, named in packed.json, is missing")
+    (packed / "packed.json").write_text("[" * 200000)
     refused(packed, "not readable as the index")
 
 

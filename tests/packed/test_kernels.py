@@ -180,6 +180,20 @@ def test_without_a_compiler_torch_computes_and_says_so(compiler, reason, monkeyp
         cpu.compiled_kernels.cache_clear()
 
 
+def test_a_kernel_is_for_its_device(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="'triton': runs on cuda, and the model is to be on cpu"):
+        choose_kernel("triton", torch.device("cpu"))
+    with pytest.raises(UserError, match="'avx2': runs on cpu, and the model is to be on cuda"):
+        choose_kernel("avx2", torch.device("cuda"))
+
+
+def test_a_damaged_library_is_no_kernel(tmp_path):
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    with pytest.raises(cpu.NoKernel, match="broken.so could not be loaded"):
+        cpu.load_library(tmp_path / "broken.so")
+
+
 def test_kernels_are_built_once(monkeypatch, tmp_path):
     available("avx2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -8,19 +8,21 @@ and so for whatever loads models by it: `pipeline`, lm-eval's `hf`, `transformer
 weights; the folder is read and checked by `model.fill`, as in `load_packed`.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
 from ..models.checkpoint import REST
-from ..models.decoder import build_empty
 from ..models.linears import replace_module
 from ..registration import QUANT_METHOD
 from .folder import read_index
@@ -32,13 +34,11 @@ from .model import fill, name_tensors
 BESIDE_LAYERS = f"{REST}.safetensors"
 
 
-@dataclass
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed folder."""
+    """`quantization_config` of a packed folder; what a later version adds is for `read_index` to refuse."""
 
-    quant_method: str = QUANT_METHOD
-    format: str = ""
-    values: str = "bf16"
+    def __init__(self, quant_method: str = QUANT_METHOD, format: str = "", values: str = "bf16", **_: object) -> None:
+        self.quant_method, self.format, self.values = quant_method, format, values
 
 
 class PackedQuantizer(HfQuantizer):
@@ -51,6 +51,10 @@ class PackedQuantizer(HfQuantizer):
         devices = sorted({str(device) for device in device_map.values()})
         if len(devices) > 1:
             raise UserError(f"device_map: a packed model runs on one device, found {', '.join(devices)}; name one")
+        if not devices[0].isdigit() and devices[0].partition(":")[0] not in ("cpu", "cuda"):
+            raise UserError(
+                f"device_map: a packed model runs on 'cpu' or 'cuda', found {devices[0]!r}; name one of them"
+            )
         return device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +88,7 @@ class PackedQuantizer(HfQuantizer):
             module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: object) -> nn.Module:
-        for name, buffer in build_empty(self._folder, model.is_remote_code(), torch.bfloat16).named_buffers():
+        for name, buffer in _buffers(model):
             owner, _, own = name.rpartition(".")
             model.get_submodule(owner)._buffers[own] = buffer.to(self._place)
         fill(model, self._names, self._folder, self._index, self._kernel, self._place)
@@ -97,6 +101,12 @@ class PackedQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """The folder it was loaded from is what there is to copy."""
         return False
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a model without weights has of its own, by the configuration it was built with."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield from type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).named_buffers()
 
 
 # Not by the decorators that there are for it: they refuse a method whose name stands there already.

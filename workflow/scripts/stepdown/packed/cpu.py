@@ -77,6 +77,10 @@ class CpuMultiply:
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
         self.matrix = _Matrix(strips, block_columns, matrix.shape[0], matrix.top_k.shape[1], bits, *addresses)
 
+    def __deepcopy__(self, memo: dict) -> "CpuMultiply":
+        # Nothing changes it.
+        return self
+
     @property
     def weight(self) -> Tensor:
         width = self.matrix.block_columns * BLOCK_SIZE
@@ -85,6 +89,8 @@ class CpuMultiply:
         return weight[: self.matrix.outputs, : width - self._padding].contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            raise UserError(f"a linear packed for the CPU was given a tensor on {x.device}: load the model there")
         x = pad(x, (0, self._padding)) if self._padding else x.contiguous()
         y = x.new_empty(len(x), self.matrix.outputs)
         if len(x) >= self.unpack_from:
@@ -127,7 +133,10 @@ def compiled_kernels() -> ctypes.CDLL:
 
 
 def load_library(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoKernel(f"{path} could not be loaded ({error})") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.three_tier_linear.argtypes = [pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int]
     loaded.three_tier_unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]

@@ -2,15 +2,20 @@
 linears of a small model takes longer than they do.
 
 The model stays what transformers made it. Only its decoder's `forward` is another, which hands on to the decoder's own
-whatever is not one token of one sequence on the CPU with keys and values in a `DynamicCache`. These are moved to one
-tensor with room for more, of which the cache is given views, so that a token more copies nothing.
+whatever is not one token of one sequence on the CPU with keys and values in a `DynamicCache`, and all of it while a
+module has hooks or its like. Keys and values are moved to one tensor with room for more, of which the cache is given
+views, so that a token more copies nothing.
 """
 
+import copy
 import ctypes
+from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -41,19 +46,26 @@ class _DecoderLayer(ctypes.Structure):
 
 def quicken_decoding(model: nn.Module) -> bool:
     """Have a model's decoder compute single tokens in C++, if it is of a kind that is known, all its linears are packed
-    for the CPU, and attention is torch's own; returns whether it is."""
-    config = model.config
+    for the CPU, and attention is torch's own, to all tokens before; returns whether it is."""
+    config, decoder = model.config, model.base_model
     if config.model_type not in FAMILIES or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
         return False
-    rotated = 2 * model.model.rotary_emb.inv_freq.numel()
-    if not all(_fits(layer) and layer.self_attn.head_dim == rotated for layer in model.model.layers):
+    if getattr(config, "sliding_window", None) is not None or not _fits(decoder):
         return False
-    model.model.forward = OneToken(model.model)
+    decoder.forward = OneToken(decoder)
     return True
 
 
-def _fits(layer: nn.Module) -> bool:
-    multiplies = [getattr(layer.get_submodule(name), "multiply", None) for name in LINEARS]
+def _fits(decoder: nn.Module) -> bool:
+    rotated = 2 * decoder.rotary_emb.inv_freq.numel()
+    return all(_layer_fits(layer) and layer.self_attn.head_dim == rotated for layer in decoder.layers)
+
+
+def _layer_fits(layer: nn.Module) -> bool:
+    try:
+        multiplies = [getattr(layer.get_submodule(name), "multiply", None) for name in LINEARS]
+    except AttributeError:
+        return False
     sizes = layer.self_attn.head_dim, layer.mlp.gate_proj.in_features, layer.mlp.gate_proj.out_features
     return all(isinstance(each, CpuMultiply) for each in multiplies) and not any(size % WHOLE for size in sizes)
 
@@ -63,39 +75,17 @@ class OneToken:
 
     def __init__(self, decoder: nn.Module):
         self._decoder, self._own, self._decode = decoder, type(decoder).forward, compiled_kernels().decode_token
-        attention = decoder.layers[0].self_attn
-        self._head_size = attention.head_dim
-        self._key_heads = attention.k_proj.out_features // self._head_size
-        # Held, since the kernels know addresses only.
-        self._norms: list[Tensor] = []
-        self._norm = self._address(decoder.norm)
-        self._layers = (_DecoderLayer * len(decoder.layers))(*map(self._parameters, decoder.layers))
+        self._layers: _Layers | None = None
+        # Of each cache, what its keys and values are views of.
+        self._memories: WeakKeyDictionary[DynamicCache, Tensor] = WeakKeyDictionary()
 
-    def _parameters(self, layer: nn.Module) -> _DecoderLayer:
-        attention, config = layer.self_attn, self._decoder.config
-        multiplies = [layer.get_submodule(name).multiply for name in LINEARS]
-        return _DecoderLayer(
-            config.hidden_size,
-            attention.q_proj.out_features // self._head_size,
-            self._key_heads,
-            self._head_size,
-            multiplies[0].avx512,
-            config.rms_norm_eps,
-            attention.scaling,
-            *(ctypes.addressof(multiply.matrix) for multiply in multiplies),
-            *map(self._address, (layer.input_layernorm, layer.post_attention_layernorm)),
-            *(self._address(getattr(attention, name, None)) for name in ("q_norm", "k_norm")),
-        )
-
-    def _address(self, norm: nn.Module | None) -> int | None:
-        if norm is None:
-            return None
-        self._norms.append(norm.weight.detach().contiguous())
-        return self._norms[-1].data_ptr()
+    def __deepcopy__(self, memo: dict) -> "OneToken":
+        return OneToken(copy.deepcopy(self._decoder, memo))
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask=None, past_key_values=None, **others):
         one = input_ids is not None and input_ids.shape == (1, 1) and self._is_plain(past_key_values)
-        if one and self._is_all(others) and (attention_mask is None or _sees_all(attention_mask)):
+        seen = one and self._is_all(others) and (attention_mask is None or _sees_all(attention_mask))
+        if seen and self._can_step(len(past_key_values.layers)):
             return self._step(input_ids, past_key_values, others.get("position_ids"))
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         return self._own(self._decoder, **call, **others)
@@ -104,8 +94,8 @@ class OneToken:
         """Whether a cache keeps all of every layer's keys and values of one sequence, and has some."""
         return (
             type(cache) is DynamicCache
-            and len(cache.layers) == len(self._layers)
             and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+            and len(cache.layers) > 0
             and len(keys := cache.layers[0].keys) == 1
             and keys.dtype == torch.bfloat16
             and keys.device.type == "cpu"
@@ -119,6 +109,12 @@ class OneToken:
         )
         return not any(more) and others.get("return_dict", True)
 
+    def _can_step(self, layers: int) -> bool:
+        """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do."""
+        if self._layers is None or not self._layers.are_those_of_the_decoder():
+            self._layers = _Layers(self._decoder) if _fits(self._decoder) else None
+        return self._layers is not None and layers == len(self._layers.parameters) and not self._layers.need_python()
+
     def _step(self, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None) -> BaseModelOutputWithPast:
         known = cache.layers[0].keys.shape[2]
         memory = self._memory(cache, known)
@@ -127,9 +123,9 @@ class OneToken:
             position_ids = torch.full((1, 1), known)
         cosines, sines = self._decoder.rotary_emb(states, position_ids=position_ids)
         self._decode(
-            self._layers,
-            len(self._layers),
-            self._norm,
+            self._layers.parameters,
+            len(self._layers.parameters),
+            self._layers.norm,
             cosines.data_ptr(),
             sines.data_ptr(),
             memory.data_ptr(),
@@ -145,14 +141,79 @@ class OneToken:
 
     def _memory(self, cache: DynamicCache, known: int) -> Tensor:
         """[layers, keys and values, 1, key heads, room, head size], in front what the cache knows, then room."""
-        keys, memory = cache.layers[0].keys, getattr(cache, "memory", None)
-        if memory is None or keys.data_ptr() != memory.data_ptr() or memory.shape[-2] == known:
-            room = 2 * known + MORE_ROOM
-            memory = keys.new_empty(len(cache.layers), 2, 1, self._key_heads, room, self._head_size)
-            for own, layer in zip(memory, cache.layers, strict=True):
-                own[0, ..., :known, :], own[1, ..., :known, :] = layer.keys, layer.values
-            cache.memory = memory
+        memory = self._memories.get(cache)
+        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        if memory is None or memory.shape[-2] == known or not _are_parts(held, memory):
+            shape = len(cache.layers), 2, *held[0].shape[:2], 2 * known + MORE_ROOM, held[0].shape[-1]
+            memory = held[0].new_empty(shape)
+            for own, tensor in zip(memory.flatten(0, 1), held, strict=True):
+                own[..., :known, :] = tensor
+            self._memories[cache] = memory
         return memory
+
+
+class _Layers:
+    """What C++ is told of a decoder's layers, and how to know that these are still as they were."""
+
+    def __init__(self, decoder: nn.Module):
+        self._modules = [module._modules for module in decoder.modules()]
+        self._children = self._all(self._modules)
+        modules = list(decoder.modules())
+        self._hooks = [hooks for each in modules[1:] for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._hooks += [_global_forward_hooks, _global_forward_pre_hooks]
+        self._embedding = decoder.embed_tokens
+        # Held, since the kernels know addresses only.
+        self._multiplies = [[layer.get_submodule(name).multiply for name in LINEARS] for layer in decoder.layers]
+        self._norms: list[nn.Module] = []
+        self._weights: list[Tensor] = []
+        self.norm = self._address(decoder.norm)
+        layers = zip(decoder.layers, self._multiplies, strict=True)
+        self.parameters = (_DecoderLayer * len(decoder.layers))(
+            *(self._parameters(layer, multiplies, decoder.config) for layer, multiplies in layers)
+        )
+        self._as_read = all(each.dtype == torch.bfloat16 and each.is_contiguous() for each in self._weights)
+
+    def are_those_of_the_decoder(self) -> bool:
+        """Whether no module, and no weight of a norm, has been replaced."""
+        weights = [norm.weight.data_ptr() for norm in self._norms]
+        return self._all(self._modules) == self._children and weights == [each.data_ptr() for each in self._weights]
+
+    def need_python(self) -> bool:
+        """Whether somebody listens to a module, wants gradients, or has made it compute in another type."""
+        trained = torch.is_grad_enabled() and any(each.weight.requires_grad for each in (self._embedding, *self._norms))
+        return trained or any(self._hooks) or not self._as_read or self._embedding.weight.dtype != torch.bfloat16
+
+    @staticmethod
+    def _all(modules: list[dict[str, nn.Module]]) -> list[nn.Module]:
+        return list(chain.from_iterable(each.values() for each in modules))
+
+    def _parameters(self, layer: nn.Module, multiplies: list[CpuMultiply], config: PretrainedConfig) -> _DecoderLayer:
+        attention = layer.self_attn
+        return _DecoderLayer(
+            config.hidden_size,
+            attention.q_proj.out_features // attention.head_dim,
+            attention.k_proj.out_features // attention.head_dim,
+            attention.head_dim,
+            multiplies[0].avx512,
+            config.rms_norm_eps,
+            attention.scaling,
+            *(ctypes.addressof(multiply.matrix) for multiply in multiplies),
+            *map(self._address, (layer.input_layernorm, layer.post_attention_layernorm)),
+            *(self._address(getattr(attention, name, None)) for name in ("q_norm", "k_norm")),
+        )
+
+    def _address(self, norm: nn.Module | None) -> int | None:
+        if norm is None:
+            return None
+        self._norms.append(norm)
+        self._weights.append(norm.weight.detach())
+        return self._weights[-1].data_ptr()
+
+
+def _are_parts(tensors: list[Tensor], memory: Tensor) -> bool:
+    """Whether keys and values are what lies in the memory, one after the other: nobody has replaced them since."""
+    first, step = memory.data_ptr(), memory.stride(1) * memory.element_size()
+    return all(tensor.data_ptr() == first + place * step for place, tensor in enumerate(tensors))
 
 
 def _sees_all(mask) -> bool:

@@ -5,6 +5,7 @@ docs/packed-format.md has it byte for byte: one safetensors file per decoder lay
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def read_index(folder: Path) -> dict:
             and 1 <= index["k"] <= BLOCK_SIZE**2
             and files
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         found, whole = FORMAT, False
     if found not in FORMATS:
         raise UserError(
@@ -131,7 +132,7 @@ def read_index(folder: Path) -> dict:
     if not whole:
         raise UserError(f"{path}: not readable as the index of a packed model; pack it again")
     for file, _ in files:
-        if Path(file).name != file or not (folder / file).is_file():
+        if Path(file).name != file or not os.path.isfile(folder / file):
             raise UserError(f"{folder}: {file}, named in {INDEX_NAME}, is missing; pack it again")
     return index
 
@@ -219,6 +220,8 @@ def _to_nearest(_: str, weight: Tensor, tiers: Tensor, bits: int) -> Rounded:
 def _shapes(path: Path, metadata: dict[str, str], index: dict) -> dict[str, tuple[int, int]]:
     """Name -> [out, in] of the packed matrices in a file, by its metadata; raises `UserError` if they are no such, or
     of another kind of folder than the index says."""
+    if not isinstance(metadata, dict):
+        metadata = {}
     for key in ("format", "values"):
         if (found := metadata.get(key, "bf16" if key == "values" else None)) != index[key]:
             raise UserError(f"{path}: {key} {found!r}, but {INDEX_NAME} says {index[key]!r}; pack it again")
@@ -226,6 +229,6 @@ def _shapes(path: Path, metadata: dict[str, str], index: dict) -> dict[str, tupl
         shapes = {name: (rows, columns) for name, (rows, columns) in json.loads(metadata["shapes"]).items()}
         if all(type(size) is int and size > 0 for shape in shapes.values() for size in shape):
             return shapes
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path}: its metadata do not say which matrices it holds; pack it again")

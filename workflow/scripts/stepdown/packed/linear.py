@@ -1,5 +1,6 @@
 """The linear that computes with a packed matrix, and the choice of what computes it."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -52,6 +53,8 @@ class ThreeTierLinear(nn.Module):
         return self.multiply.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and self.kernel != "torch" and torch.is_grad_enabled():
+            raise UserError("a packed model is for running, not for training: use torch.no_grad(), or kernel 'torch'")
         y = self.multiply(x.reshape(-1, self.in_features).bfloat16())
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
@@ -98,7 +101,7 @@ INTEGER_KERNELS = tuple(INSTRUCTIONS)
 def choose_kernel(kernel: str, device: torch.device) -> str:
     """`auto` is the fastest there is for a device, and the log says which; raises `UserError` for one not to be had."""
     if kernel != "auto":
-        return _available(kernel)
+        return _available(kernel, device)
     if device.type == "cuda":
         return "triton"
     try:
@@ -110,9 +113,12 @@ def choose_kernel(kernel: str, device: torch.device) -> str:
         return "torch"
 
 
-def _available(kernel: str) -> str:
+def _available(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f"kernel {kernel!r}: not one of auto, {', '.join(KERNELS)}")
+    needed = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "torch": device.type}
+    if device.type != (kind := needed.get(kernel, "cpu")):
+        raise UserError(f"kernel {kernel!r}: runs on {kind}, and the model is to be on {device.type}; use 'auto'")
     if kernel in INSTRUCTIONS:
         try:
             level = compiled_kernels().three_tier_instructions()

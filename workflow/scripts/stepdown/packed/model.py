@@ -1,6 +1,7 @@
 """A packed folder as a Hugging Face model whose linears run packed."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from ..cli import log, progress
 from ..errors import UserError
+from ..files import read_json_object
+from ..models.checkpoint import REST, beside_layers, check_finite, shard_of
 from ..models.decoder import build_empty, choose_device, head_name, types_of
 from ..models.linears import as_linears_, computes_as_linear, linear_of, replace_module
 from ..models.stored_names import stored_names
@@ -16,6 +19,8 @@ from .cpu import INSTRUCTIONS
 from .decoding import quicken_decoding
 from .folder import HEAD_BITS, VALUES, read_index, read_shard, shapes_in
 from .linear import ThreeTierLinear, choose_kernel, dense_linear
+
+GENERATION_CONFIG = "generation_config.json"
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -37,8 +42,23 @@ def load_packed(
     index = read_index(folder)
     kernel = choose_kernel(kernel, place)
     model = build_empty(folder, trust_remote_code, torch.bfloat16).eval()
+    _configure_generation(model, folder)
     fill(model, name_tensors(model, folder, index), folder, index, kernel, place)
+    model.save_pretrained = partial(_refuse_to_save, folder)
     return model.to(place).requires_grad_(False)
+
+
+def _configure_generation(model: nn.Module, folder: Path) -> None:
+    """As `from_pretrained` does: where a conversation ends, for one, chat models say in this file alone."""
+    from transformers import GenerationConfig
+
+    if (folder / GENERATION_CONFIG).is_file():
+        read_json_object(folder / GENERATION_CONFIG)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _refuse_to_save(folder: Path, *_: object, **__: object) -> None:
+    raise UserError(f"{folder}: a packed model is not saved anew; copy the folder")
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,8 @@ class Names:
 
 def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     """Where a model, still without weights, has what is in a packed folder; all its matrices become linears of their
-    own. Raises `UserError` for a tensor of the model that the folder has not, or has in another shape."""
+    own. Raises `UserError` for a tensor of the model that the folder has not, or has in another shape, and for one of
+    the folder that no layer of the model has a place for."""
     as_linears_(model)
     ordinary, matrices = shapes_in(folder, index)
     shapes = ordinary | {f"{name}.weight": shape for name, shape in matrices.items()}
@@ -70,6 +91,11 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
                 f"{folder}: config.json makes {name} {list(parameter.shape)}, the files hold"
                 f" {list(shapes[stored[name]])}; take both from the same model"
             )
+    used = set(stored.values())
+    of_matrices = {f"{name}.{part}" for name in matrices for part in ("weight", "bias") if shard_of(name) != REST}
+    unused = shapes.keys() - used
+    for name in sorted({*beside_layers(unused, used), *(of_matrices & unused)}):
+        raise UserError(f"{folder}: the files also hold {name}, for which config.json has no place; pack it again")
     linears: dict[str, str] = {}
     unpacked: dict[str, str] = {}
     for name, source in stored.items():
@@ -84,11 +110,11 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
     head = head_name(model)
     for file in progress(index["sha256"], "load"):
         tensors, matrices = read_shard(folder / file, index)
-        own = {
-            name: tensors[source].to(place, names.types[name] if tensors[source].is_floating_point() else None)
-            for name, source in names.stored.items()
-            if source in tensors
-        }
+        own = {name: tensors[source] for name, source in names.stored.items() if source in tensors}
+        for name, tensor in own.items():
+            if names.types[name].is_floating_point != tensor.is_floating_point():
+                raise UserError(f"{folder / file}: {names.stored[name]} is {tensor.dtype}; pack it again")
+            own[name] = tensor.to(place, names.types[name] if tensor.is_floating_point() else None)
         for name, source in names.linears.items():
             if source in matrices:
                 matrix, bias = matrices[source].to(device=place), own.pop(f"{name}.bias", None)
@@ -100,18 +126,20 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
                 weight = ThreeTierLinear(matrices[source], None, "torch").weight
                 own[f"{name}.weight"] = weight.to(place, names.types[f"{name}.weight"])
         model.load_state_dict(own, strict=False, assign=True)
-    _pack_head(model, kernel, index["values"])
+    _pack_head(model, folder, kernel, index["values"])
     if kernel in INSTRUCTIONS and quicken_decoding(model):
         log.info("single tokens go through the decoder in C++")
 
 
-def _pack_head(model: nn.Module, kernel: str, values: str) -> None:
+def _pack_head(model: nn.Module, folder: Path, kernel: str, values: str) -> None:
     """A head that is stored as it was is Dense, and runs on the CPU's kernels as such. Where kept weights are whole
     numbers it has 8 bits, the nearest, whatever computes with it."""
     head, bits = model.get_output_embeddings(), None if VALUES[values] is None else HEAD_BITS
     if not isinstance(head, nn.Linear) or (kernel not in INSTRUCTIONS and bits is None):
         return
     name = head_name(model)
+    if bits is not None:
+        check_finite(folder, name, head.weight)
     packed = dense_linear(head.weight, head.bias, kernel if kernel in INSTRUCTIONS else "torch", bits)
     replace_module(model, name, packed if kernel in INSTRUCTIONS else linear_of(packed.weight, head.bias))
     _untie_head(model)
