@@ -139,7 +139,7 @@ def test_where_a_text_ends(copied):
     for model in (load_packed(copied), AutoModelForCausalLM.from_pretrained(copied)):
         assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([1, 7], 9)
     (copied / "generation_config.json").write_text('{"eos_token_id": [1,')
-    with pytest.raises(UserError, match="generation_config.json: not JSON"):
+    with pytest.raises(UserError, match=r"generation_config\.json: not JSON"):
         load_packed(copied)
 
 

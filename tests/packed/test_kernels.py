@@ -190,7 +190,7 @@ def test_a_kernel_is_for_its_device(monkeypatch):
 
 def test_a_damaged_library_is_no_kernel(tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
-    with pytest.raises(cpu.NoKernel, match="broken.so could not be loaded"):
+    with pytest.raises(cpu.NoKernel, match=r"broken\.so could not be loaded"):
         cpu.load_library(tmp_path / "broken.so")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from stepdown import text
 from stepdown.errors import UserError
+from stepdown.files import fitting
 from stepdown.plan import preflight
 from stepdown.plan.compressions import check_step
 
@@ -115,7 +116,13 @@ def yaml_text(value):
         ({"evaluation": {"texts": []}}, "evaluation.texts: found []"),
         ({"evaluation": {"texts": "pydoc"}}, "evaluation.texts: found 'pydoc'; write a list"),
         ({"oneshot": "wanda-2of4"}, "oneshot: found 'wanda-2of4'; write a list"),
-        ({"layer_sparsity": {"table": {"q_proj": 1}}}, "layer_sparsity.table: found {'q_proj': 1}"),
+        (
+            {"layer_sparsity": {"table": {"q_proj": 1}}},
+            "layer_sparsity.table.q_proj: found 1; write a number, at least 0",
+        ),
+        ({"layer_sparsity": {"owl_lambda": 5}}, "owl_lambda: found 5; write a number, at least 0, at most 0.5"),
+        ({"seed": 2**32}, "seed: found 4294967296; write a whole number, at least 0, at most 4294967295"),
+        ({"recovery": {"lora": {"targets": []}}}, "targets: found []; write text or a list, at least 1 of them"),
         ({"device": "gpu"}, "device: found 'gpu'; write auto or cpu or cuda"),
         ({"speed": {"packed": ["int2"]}}, "speed.packed: found 'int2'; write bf16 or int8"),
         ({"model": None}, "model: found nothing; write text"),
@@ -134,6 +141,7 @@ def test_numbers_given_as_text_are_read_as_yaml_reads_them():
     assert config["pruning"]["k"] == 8
     assert (config["recovery"]["learning_rate"], config["recovery"]["tokens_per_epoch"]) == (2e-5, None)
     assert complete({"schedule": "null"})["schedule"] is None
+    assert complete({"layer_sparsity": {"table": {"q_proj": "0.3"}}})["layer_sparsity"]["table"] == {"q_proj": 0.3}
     samples = complete({"calibration": {"samples": 64.0}})["calibration"]["samples"]
     assert isinstance(samples, int)
     assert samples == 64
@@ -423,6 +431,23 @@ def test_a_sequence_longer_than_the_model_allows(model, config):
     message = error_of(preflight.check_length, "config key calibration.sequence_length", 65, model)
     assert "calibration.sequence_length: found 65" in message
     assert "at most 64" in message
+
+
+def test_a_measured_prompt_is_as_long_as_the_model_allows(model):
+    (model / "config.json").write_text(json.dumps({"n_positions": 64}))
+    assert [fitting(*tokens, model) for tokens in ((32, 32), (60, 5), (128, 32), (8, 100))] == [32, 59, 32, 1]
+
+
+def test_results_that_lead_nowhere(tmp_path):
+    (tmp_path / "results").symlink_to(tmp_path / "disk")
+    assert "results: links to" in error_of(preflight.check_writable, tmp_path / "results")
+    (tmp_path / "disk").mkdir()
+    preflight.check_writable(tmp_path / "results")
+
+
+@pytest.mark.parametrize("step", ["quantised/int8/iter01", "quantised/int8/iter00", "dynamic/uniform-0.5/iter٣"])
+def test_a_step_by_another_number(step):
+    assert "of which step?" in error_of(check_step, step, None)
 
 
 def test_a_folder_or_a_hub_id(model, monkeypatch):

@@ -15,9 +15,9 @@ from stepdown.measure.sizes import remaining, size_of
 from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
-from stepdown.plan.compressions import REMOVALS, check_step, parse_step
+from stepdown.plan.compressions import REMOVALS, check_step, parse_step, sliced_width
 from stepdown.prune.layer_removal import block_influence, choose_layers, taylor_importance, write_without_layers
-from stepdown.prune.slicing import principal_directions, slice_checkpoint, sliced_width
+from stepdown.prune.slicing import principal_directions, slice_checkpoint
 
 TOKENS = torch.randint(0, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
 IDENTITY = {"base_model": "0", "iteration": "1"}

@@ -72,7 +72,7 @@ with one_line():
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
     # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.
     for step in config["compressions"]:
-        check_step(step, local_model(MODEL))
+        check_step(step, local_model(MODEL), config["structured"]["round_to"])
     RUNS |= {f"gradual/{name}": parse_gradual(name, method_names()) for name in config["gradual"]["runs"]}
 
 STEPS = [f"iter{row.iteration}" for row in SCHEDULE]

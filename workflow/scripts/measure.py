@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.files import write_json
+from stepdown.files import check_length, fitting, write_json
 from stepdown.measure.sizes import size_of
 from stepdown.measure.speed import load_model, measure_speed
 from stepdown.models.tier_maps import read_tier_map
@@ -13,11 +13,14 @@ from stepdown.prune.activation_sparsity import switch_on
 
 
 def main(arguments: argparse.Namespace) -> None:
+    for parts in arguments.step:
+        if not 2 <= len(parts) <= 3:
+            raise UserError(f"--step {parts[0]}: give a name, a folder, and at most a tier map or a file of thresholds")
     found = {}
+    prompt = fitting(arguments.prompt_tokens, arguments.new_tokens, Path(arguments.step[0][1]))
+    check_length("--new-tokens", arguments.new_tokens + prompt, Path(arguments.step[0][1]))
     dense = load_model(arguments.step[0][1], arguments.device, arguments.trust_remote_code)
     for step, folder, *more in cli.progress(arguments.step, "measure"):
-        if len(more) > 1:
-            raise UserError(f"--step {step}: give a name, a folder, and at most a tier map or a file of thresholds")
         model = load_model(folder, arguments.device, arguments.trust_remote_code)
         tier_map = None
         for path in map(Path, more):
@@ -25,10 +28,10 @@ def main(arguments: argparse.Namespace) -> None:
                 switch_on(model, path)
             else:
                 tier_map = read_tier_map(path)
-        speed, beside = measure_speed([model, dense], arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
+        speed, beside = measure_speed([model, dense], prompt, arguments.new_tokens, arguments.repeats)
         found[step] = {**size_of(folder, tier_map), "tokens_per_second": speed, "dense_tokens_per_second": beside}
     protocol = (
-        f"batch 1; prefill: a prompt of {arguments.prompt_tokens} random tokens in one pass; decode: the next"
+        f"batch 1; prefill: a prompt of {prompt} random tokens in one pass; decode: the next"
         f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs, in"
         " which the model and the dense one take turns. Packed models run on kernels of their own; zeros, quantised"
         " weights and sparse activations through dense ones."
@@ -42,8 +45,8 @@ if __name__ == "__main__":
         "--step", nargs="+", action="append", required=True, metavar="PART", help="NAME FOLDER [TIER_MAP | THRESHOLDS]"
     )
     cli.add_device_arguments(parser)
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=cli.whole_number(), default=128, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=cli.whole_number(), default=32, help="default: %(default)s")
+    parser.add_argument("--repeats", type=cli.whole_number(), default=5, help="default: %(default)s")
     parser.add_argument("--output", type=Path, required=True, help="JSON: per step its size and speed")
     cli.run(main, parser)

@@ -39,14 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="magnitude or wanda, and unstructured-SHARE or N of M")
     cli.add_model_arguments(parser)
     parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, help="to train on (default: the whole text)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows of a step (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=cli.whole_number(2), default=2048, help="tokens per window (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=cli.whole_number(), help="to train on (default: the whole text)")
+    parser.add_argument(
+        "--batch-size", type=cli.whole_number(), default=4, help="windows of a step (default: %(default)s)"
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="default: %(default)s")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--updates", type=int, default=20, help="times that masks are chosen (default: %(default)s)")
     parser.add_argument("--rise", type=float, default=0.8, help="share of the steps in which sparsity rises")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.whole_number(0), default=0)
     cli.add_output_arguments(parser, "pruned", report="what came of every matrix")
     return parser
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import write_json
+from stepdown.plan.preflight import check_block
 from stepdown.plan.runs import FORM, PATTERNS, parse_run
 from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.layer_sparsity import LayerOptions
@@ -19,16 +20,19 @@ from stepdown.tensors.saliency import SELECTIONS
 def main(arguments: argparse.Namespace) -> None:
     run = parse_run(arguments.run, method_names())
     load_method(run.method)
+    tiers, layers = _tiers(arguments), _layers(arguments)
     windows, calibration = read_windows(arguments)
     decoder = open_model(arguments)
-    report = prune_checkpoint(
-        decoder, run, windows, arguments.batch_size, arguments.output_model, _tiers(arguments), _layers(arguments)
-    )
+    report = prune_checkpoint(decoder, run, windows, arguments.batch_size, arguments.output_model, tiers, layers)
     write_json(arguments.output_report, report | {"calibration": calibration})
     cli.log.info("%s: sparsity %.4f", run.name, report["sparsity"]["achieved"])
 
 
 def _tiers(arguments: argparse.Namespace) -> TierOptions:
+    check_block(arguments.block_size, arguments.k, "--{}")
+    # A schedule may round its shares.
+    if abs((total := sum(map(Fraction, arguments.shares))) - 1) > Fraction(1, 10**6):
+        raise UserError(f"--shares: found a sum of {float(total):g}; write three that sum to 1")
     return TierOptions(
         block_size=arguments.block_size,
         k=arguments.k,
@@ -44,17 +48,27 @@ def _layers(arguments: argparse.Namespace) -> LayerOptions:
         table = json.loads(arguments.layer_sparsity)
     except ValueError as error:
         raise UserError(f'--layer-sparsity: not JSON ({error}); write such as {{"layers.0-5": 0.3}}') from None
+    if not isinstance(table, dict) or not all(isinstance(value, int | float) for value in table.values()):
+        raise UserError(f'--layer-sparsity: found {arguments.layer_sparsity}; write such as {{"layers.0-5": 0.3}}')
     return LayerOptions(arguments.owl_lambda, arguments.owl_m, table, arguments.meet_overall)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.calibration_parser(__doc__, run=f"{FORM}; patterns: {', '.join(PATTERNS)}")
     tiers = parser.add_argument_group("three-tier and hybrid")
-    tiers.add_argument("--block-size", type=int, default=16, help="edge of a block (default: %(default)s)")
-    tiers.add_argument("--k", type=int, default=10, help="weights kept in a TopK block (default: %(default)s)")
-    tiers.add_argument("--shares", nargs=3, default=["0.35", "0.45", "0.2"], help="of dense, 2:4 and TopK blocks")
     tiers.add_argument(
-        "--top-blocks", default="0.6", help="share of blocks above TopK in hybrid (default: %(default)s)"
+        "--block-size", type=cli.whole_number(), default=16, help="edge of a block (default: %(default)s)"
+    )
+    tiers.add_argument(
+        "--k", type=cli.whole_number(), default=10, help="weights kept in a TopK block (default: %(default)s)"
+    )
+    shares = ["0.35", "0.45", "0.2"]
+    tiers.add_argument("--shares", nargs=3, type=cli.share, default=shares, help="of dense, 2:4 and TopK blocks")
+    tiers.add_argument(
+        "--top-blocks",
+        type=cli.share,
+        default="0.6",
+        help="share of blocks above TopK in hybrid (default: %(default)s)",
     )
     tiers.add_argument(
         "--threshold", type=float, default=0.8, help="of its metric that 2:4 must leave a block in hybrid"

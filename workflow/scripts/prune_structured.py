@@ -5,15 +5,15 @@ import argparse
 from stepdown import cli
 from stepdown.files import write_json
 from stepdown.models.decoder import Decoder
-from stepdown.plan.compressions import REMOVALS, Structured, check_structured, parse_structured
+from stepdown.plan.compressions import REMOVALS, Structured, check_structured, parse_structured, sliced_width
 from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.layer_removal import choose_layers, write_without_layers
-from stepdown.prune.slicing import slice_checkpoint, sliced_width
+from stepdown.prune.slicing import slice_checkpoint
 
 
 def main(arguments: argparse.Namespace) -> None:
     asked = parse_structured(arguments.run)
-    check_structured(asked, arguments.model)
+    check_structured(asked, arguments.model, arguments.round_to)
     decoder = open_model(arguments)
     windows, calibration = read_windows(arguments)
     identity = decoder.checkpoint.identity() | {"iteration": "1"}

@@ -6,13 +6,13 @@ from pathlib import Path
 from stepdown import cli
 from stepdown.models.checkpoint import rewriting_layers
 from stepdown.models.step_masks import read_step_masks
-from stepdown.prune.calibration import open_model, read_windows
+from stepdown.prune.calibration import open_pair, read_windows
 from stepdown.prune.refit import fit_within, refit_layers
 
 
 def main(arguments: argparse.Namespace) -> None:
     windows, _ = read_windows(arguments)
-    dense, pruned = open_model(arguments, arguments.dense_model), open_model(arguments)
+    dense, pruned = open_pair(arguments)
     masks = read_step_masks(arguments.masks, pruned.checkpoint)
     fit = fit_within(masks, arguments.damping, arguments.swaps)
     with rewriting_layers(pruned.checkpoint, arguments.output_model, masks.identity) as write:

@@ -4,10 +4,14 @@ import argparse
 import contextlib
 import gc
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import UserError
 from .memory import map_large_tensors
@@ -18,6 +22,7 @@ log = logging.getLogger("stepdown")
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and call `main`; a `UserError` or a system error becomes one line and exit code 1."""
     parser.add_argument("--log", type=Path, help="also write messages to this file")
+    parser.error = _refuse
     arguments = parser.parse_args()
     _open_log(arguments.log)
     map_large_tensors()
@@ -32,6 +37,41 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Instead of the usage, which is many lines."""
+    print(f"error: {message} (--help tells what there is)", file=sys.stderr)
+    sys.exit(1)
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, `least` or more."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text!r}; write a whole number, at least {least}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """The type of an argument that is a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}; write a number above 0")
+    return number
+
+
+def share(text: str) -> str:
+    """The type of an argument that is a share, such as 0.35 or 7/20, which stays as it is written: exact."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*|/[0-9]*[1-9][0-9]*)?|\.[0-9]+", text) or Fraction(text) > 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; write a share from 0 to 1")
+    return text
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +106,12 @@ def calibration_parser(description: str, run: str | None = None) -> argparse.Arg
         parser.add_argument("--run", required=True, help=run)
     add_model_arguments(parser)
     parser.add_argument("--text", default="pydoc", help="corpus name, path, or JSON of one path per split")
-    parser.add_argument("--samples", type=int, default=128, help="windows of text (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=whole_number(), default=128, help="windows of text (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=whole_number(2), default=2048, help="tokens per window (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=whole_number(), default=1, help="windows at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     add_hidden_states_argument(parser)
     return parser
 

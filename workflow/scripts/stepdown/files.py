@@ -83,7 +83,10 @@ def weight_files(folder: Path | str) -> list[Path]:
         )
     for name in names:
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name}, named in {INDEX_NAME}, is missing; copy or download the model again")
+            raise UserError(
+                f"{folder}: {name}, named in {INDEX_NAME}, is missing; copy or download the model again, or, where a"
+                f" run made it, delete {INDEX_NAME} and run again"
+            )
     if single and SINGLE_FILE_NAME not in names:
         raise UserError(
             f"{folder}: has {SINGLE_FILE_NAME}, and {INDEX_NAME} that names {names[0]} instead; remove one of the two"
@@ -173,11 +176,21 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 def check_length(where: str, sequence_length: int, folder: Path) -> None:
     """A sequence must not be longer than the positions the model was trained on."""
+    for name, most in _positions(folder).items():
+        if sequence_length > most:
+            raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {most} ({name})")
+
+
+def fitting(prompt: int, more: int, folder: Path) -> int:
+    """How many tokens of a prompt a model has positions for, `more` coming after it; one at least."""
+    return max(1, min([prompt, *(most - more for most in _positions(folder).values())]))
+
+
+def _positions(folder: Path) -> dict[str, int]:
     config = read_json_object(folder / "config.json")
-    for part in (config, text_config(config)):
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(part.get(name), int) and sequence_length > part[name]:
-                raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {part[name]} ({name})")
+    names = ("max_position_embeddings", "n_positions")
+    found = {name: part.get(name) for part in (config, text_config(config)) for name in names}
+    return {name: most for name, most in found.items() if isinstance(most, int)}
 
 
 def text_config(config: dict) -> dict:

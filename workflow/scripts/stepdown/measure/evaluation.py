@@ -33,6 +33,11 @@ class Settings:
     hidden_states: str
 
 
+def windows_of(settings: Settings) -> int:
+    """How many windows `tokens` allow, one at least."""
+    return max(1, settings.tokens // settings.sequence_length)
+
+
 def perplexities(
     folder: Path | str, settings: Settings, prepare: Callable[[Decoder], None] | None = None
 ) -> dict[str, float]:
@@ -44,7 +49,7 @@ def perplexities(
 
     check_length("--sequence-length", settings.sequence_length, folder)
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
-    limit = None if settings.tokens is None else max(1, settings.tokens // settings.sequence_length)
+    limit = None if settings.tokens is None else windows_of(settings)
     found = {}
     for name, text in zip(labels(settings.texts, "test"), settings.texts, strict=True):
         stream = token_stream(load_documents(text, "test"), tokenizer)
@@ -103,7 +108,7 @@ def protocol(settings: Settings) -> str:
     names = labels(settings.texts, "test")
     texts = "; ".join(f"{name}: {describe(text, 'test')}" for name, text in zip(names, settings.texts, strict=True))
     length = settings.sequence_length
-    limited = "" if settings.tokens is None else f", the first {settings.tokens // length} of them"
+    limited = "" if settings.tokens is None else f", the first {windows_of(settings)} of them"
     return (
         f"Perplexity per token: documents joined by blank lines and tokenised once; {describe_protocol(length)}"
         f"{limited}. Texts: {texts}. Sparsity: share of zeros in the linears of the decoder layers; embeddings and head"
@@ -140,9 +145,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or a one-shot report")
     parser.add_argument("--model-name", required=True, help="what the result calls the base model")
     parser.add_argument("--text", nargs="+", default=["pydoc"], help="corpus names, paths, or JSON of paths per split")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows at a time (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, help="use no more of each text than this (default: all of it)")
+    parser.add_argument(
+        "--sequence-length", type=cli.whole_number(2), default=2048, help="tokens per window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=cli.whole_number(), default=1, help="windows at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=cli.whole_number(), help="use no more of each text than this (default: all of it)"
+    )
     cli.add_hidden_states_argument(parser)
     parser.add_argument("--output", type=Path, required=True, help="eval.json")
 

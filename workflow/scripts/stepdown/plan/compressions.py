@@ -70,23 +70,23 @@ def parse_step(step: str) -> Structured | Quantisation | Dynamic:
         raise UserError(f"compression {step!r}: write structured/NAME, quantised/NAME/STEP or dynamic/NAME/STEP")
     if kind == "structured" and source:
         raise UserError(f"compression {step!r}: starts from the base model; leave {source} out")
-    if kind != "structured" and not re.fullmatch(r"iter\d+|(oneshot|gradual|structured)/[^/]+", source):
+    if kind != "structured" and not re.fullmatch(r"iter(0|[1-9][0-9]*)|(oneshot|gradual|structured)/[^/]+", source):
         raise UserError(
             f"compression {step!r}: of which step? write iter0 or another step after it, {kind}/{name}/iter0"
         )
     return parsers[kind](name)
 
 
-def check_step(step: str, folder: Path | str | None) -> None:
+def check_step(step: str, folder: Path | str | None, round_to: int = 1) -> None:
     """`UserError` for a step whose name asks for nothing there is, or for what a model's config.json rules out.
 
-    folder: of the base model, None where it is not there yet.
+    folder: of the base model, None where it is not there yet; round_to: of what a sliced width is a multiple.
     """
     asked = parse_step(step)
     if folder is None:
         return
     if isinstance(asked, Structured):
-        check_structured(asked, folder)
+        check_structured(asked, folder, round_to)
     elif isinstance(asked, Quantisation):
         config = text_config(read_json_object(Path(folder) / "config.json"))
         keys = ("hidden_size", "intermediate_size", "ffn_dim")
@@ -129,7 +129,7 @@ def parse_dynamic(name: str) -> Dynamic:
     return Dynamic(allocation, _share(where, share, f"{allocation}-0.5"))
 
 
-def check_structured(asked: Structured, folder: Path | str) -> None:
+def check_structured(asked: Structured, folder: Path | str, round_to: int) -> None:
     """`UserError` for a model whose config.json shows that it cannot be made smaller so."""
     config = read_json_object(Path(folder) / "config.json")
     family = config.get("model_type", "")
@@ -139,6 +139,21 @@ def check_structured(asked: Structured, folder: Path | str) -> None:
         check_layers(asked.layers, layers, folder)
     if asked.method == "slicegpt":
         check_sliceable(family, config, folder)
+        if isinstance(config.get("hidden_size"), int):
+            sliced_width(config["hidden_size"], asked.ratio, round_to)
+
+
+def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
+    """The width that is left when `ratio` of it goes, rounded down to a multiple of `round_to`; 0 leaves all of it."""
+    if round_to < 1:
+        raise UserError(f"round_to: found {round_to}; write a whole number such as 8")
+    width = int(full_width * (1 - ratio))
+    width = width - width % round_to if ratio else full_width
+    if width < 1:
+        raise UserError(
+            f"slicegpt-{float(ratio):g}: leaves nothing of {full_width} in multiples of {round_to}; slice less"
+        )
+    return width
 
 
 def check_layers(removed: int, layers: int, folder: Path | str) -> None:

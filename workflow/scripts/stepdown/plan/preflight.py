@@ -70,6 +70,9 @@ def _complete(value: object, schema: dict, definitions: dict, key: str) -> objec
     value = _read(value, schema)
     if isinstance(value, dict) and "properties" in schema:
         return dict(_complete_section(value, schema["properties"], definitions, key))
+    if isinstance(value, dict) and isinstance(schema.get("additionalProperties"), dict):
+        items = schema["additionalProperties"]
+        value = {name: _complete(item, items, definitions, _join(key, name)) for name, item in value.items()}
     if isinstance(value, list) and "items" in schema:
         value = [_complete(item, schema["items"], definitions, key) for item in value]
     return _checked(value, schema, key)
@@ -188,6 +191,9 @@ def check_inputs(config: dict) -> None:
 def check_writable(*folders: Path) -> None:
     """Folders that a run writes to, as far as they are there already."""
     for folder in folders:
+        if folder.is_symlink() and not folder.exists():
+            told = f"links to {os.readlink(folder)}, which is not there"
+            raise UserError(f"{folder}: {told}; mount it or remove the link")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder.resolve()}: no permission to write here; change it, or run in another folder")
 
@@ -203,13 +209,13 @@ def check_links(step: Path) -> None:
             )
 
 
-def check_block(block_size: int, k: int) -> None:
-    """A block holds whole groups of four inputs and at least the k entries that TopK keeps."""
+def check_block(block_size: int, k: int, form: str = "config key pruning.{}") -> None:
+    """A block holds whole groups of four inputs and at least the k entries that TopK keeps; form: their names."""
     if block_size % 4:
-        raise UserError(f"config key pruning.block_size: found {block_size}; write a multiple of 4 such as 16")
+        raise UserError(f"{form.format('block_size')}: found {block_size}; write a multiple of 4 such as 16")
     if k > block_size**2:
         entries = f"a block of {block_size}x{block_size} has {block_size**2} entries"
-        raise UserError(f"config key pruning.k: found {k}; {entries}, write at most that")
+        raise UserError(f"{form.format('k')}: found {k}; {entries}, write at most that")
 
 
 def check_target(pruning: dict) -> None:

@@ -9,6 +9,8 @@ from fractions import Fraction
 
 from ..errors import UserError
 
+# Places in a group are told in 16 bits.
+LARGEST_GROUP = 2**15 - 1
 FORM = "METHOD-PATTERN[-SPARSITY][-owl|-table], such as wanda-2of4 or sparsegpt-unstructured-0.5"
 PATTERNS = ("unstructured", "2of4 (any N of M)", "block16 (any size)", "three-tier", "hybrid")
 LAYERS = ("uniform", "owl", "table")
@@ -95,6 +97,8 @@ def _sparsity(name: str, text: str | None) -> Fraction | None:
 
 
 def _sparsity_of_n_of_m(name: str, n: int, m: int, written: Fraction | None) -> Fraction:
+    if m > LARGEST_GROUP:
+        raise UserError(f"one-shot run {name!r}: groups of {m}; write N of at most {LARGEST_GROUP}, such as 2of4")
     if not 0 < n < m:
         raise UserError(f"one-shot run {name!r}: keeps {n} of each {m}; write N of M with 0 < N < M, such as 2of4")
     sparsity = Fraction(m - n, m)

@@ -38,7 +38,7 @@ def read_schedule(path: str | Path) -> list[Row]:
     cells, check = _read_cells(path), partial(_check, path)
     cells["distill"] = cells.distill.str.lower()
     for column in ("iteration", "epochs"):
-        check(cells[column].str.fullmatch("[0-9]+"), cells[column].map(repr), "write a whole number such as 2")
+        check(cells[column].str.fullmatch("[0-9]{1,9}"), cells[column].map(repr), "write a whole number such as 2")
         cells[column] = cells[column].map(int)
     check(cells.iteration == cells.index, cells.iteration, "number the rows 1, 2, 3 ... without gaps")
     check(cells.distill.isin(DISTILL), cells.distill.map(repr), "write yes or no")

@@ -46,6 +46,15 @@ def open_model(arguments: argparse.Namespace, folder: Path | None = None) -> Dec
     return open_decoder(folder, arguments.device, arguments.trust_remote_code, arguments.hidden_states)
 
 
+def open_pair(arguments: argparse.Namespace) -> tuple[Decoder, Decoder]:
+    """The model of `--dense-model` and what was pruned of it, `--model`; `UserError` where they cannot be these."""
+    dense, pruned = open_model(arguments, arguments.dense_model), open_model(arguments)
+    shapes = [{name: linear.weight.shape for name, linear in each.linears().items()} for each in (dense, pruned)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"--dense-model {arguments.dense_model}: not what {arguments.model} was pruned from")
+    return dense, pruned
+
+
 def read_windows(arguments: argparse.Namespace) -> tuple[Tensor, dict]:
     """The windows a command line asks for (`cli.calibration_parser`), int64 [samples, tokens], and what they are in
     words and numbers for a report."""

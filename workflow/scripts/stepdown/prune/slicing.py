@@ -9,7 +9,6 @@ shortcut matrix Q_before' Q_after turns the residual from one into the next.
 
 import json
 from collections.abc import Iterator
-from fractions import Fraction
 from functools import reduce
 from pathlib import Path
 
@@ -29,19 +28,6 @@ from .statistics import accumulating
 
 # Of a matrix, in float64 at a time.
 ROWS = 1024
-
-
-def sliced_width(full_width: int, ratio: Fraction, round_to: int) -> int:
-    """The width that is left when `ratio` of it goes, rounded down to a multiple of `round_to`; 0 leaves all of it."""
-    if round_to < 1:
-        raise UserError(f"round_to: found {round_to}; write a whole number such as 8")
-    width = int(full_width * (1 - ratio))
-    width = width - width % round_to if ratio else full_width
-    if width < 1:
-        raise UserError(
-            f"slicegpt-{float(ratio):g}: leaves nothing of {full_width} in multiples of {round_to}; slice less"
-        )
-    return width
 
 
 @torch.no_grad()

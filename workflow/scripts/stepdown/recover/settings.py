@@ -74,8 +74,10 @@ class RecoverySettings:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "distill_temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        for name in ("weight_decay", "warmup_steps", "seed", "early_stopping", "distill_hidden_states"):
+        for name in ("weight_decay", "warmup_steps", "early_stopping", "distill_hidden_states"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        # What NumPy's generators take.
+        self._require("seed", 0 <= self.seed < 2**32, "0 or more, below 2^32")
         choices = {"method": METHODS, "memory": MEMORY, "learning_rate_schedule": LEARNING_RATE_SCHEDULES}
         for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
