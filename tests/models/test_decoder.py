@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from stepdown.errors import UserError
+from stepdown.measure.evaluation import Settings, protocol
 from stepdown.measure.perplexity import perplexity, window_losses
 from stepdown.models.decoder import choose_device, in_float32, loaded_around_layers, open_decoder
 from stepdown.models.layer_walk import LayerWalk
@@ -172,6 +173,12 @@ def test_perplexity_protocol(tmp_path, tokens):
     expected = torch.stack(losses).mean().exp().item()
     for batch_size in (1, 2, 5):
         assert perplexity(open_decoder(folder, "cpu"), tokens, batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(8, 1), (16, 1), (47, 2)])
+def test_the_protocol_says_how_many_windows_there_are(limit, windows):
+    told = protocol(Settings(("pydoc",), 16, 1, limit, "cpu", False, "device"))
+    assert f"the mean over windows, the first {windows} of them" in told
 
 
 def test_window_losses_equal_the_reference(golden):

@@ -106,6 +106,13 @@ def test_a_width_of_nothing_is_refused():
         sliced_width(48, Fraction("0.9"), 8)
 
 
+def test_a_width_of_nothing_is_found_before_the_first_job(tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    check_step("structured/slicegpt-0.25", folder, 8)
+    with pytest.raises(UserError, match="in multiples of 4096; slice less"):
+        check_step("structured/slicegpt-0.25", folder, 4096)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "bloom", "gemma2", "mixtral"])
 def test_families_that_cannot_be_rotated_are_named_with_the_reason(family, tmp_path):
     folder = make_model(family, tmp_path / "model")
