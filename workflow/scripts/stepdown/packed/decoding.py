@@ -153,39 +153,41 @@ class OneToken:
 
 
 class _Layers:
-    """What C++ is told of a decoder's layers, and how to know that these are still as they were."""
+    """What C++ is told of a decoder's layers, and how to know that these are still as they were: at every token, so the
+    dicts are held that modules keep theirs in."""
 
     def __init__(self, decoder: nn.Module):
-        self._modules = [module._modules for module in decoder.modules()]
-        self._children = self._all(self._modules)
         modules = list(decoder.modules())
+        self._modules = [each._modules for each in modules if each._modules]
+        self._children = self._all_children()
         self._hooks = [hooks for each in modules[1:] for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._hooks += [_global_forward_hooks, _global_forward_pre_hooks]
         self._embedding = decoder.embed_tokens
         # Held, since the kernels know addresses only.
         self._multiplies = [[layer.get_submodule(name).multiply for name in LINEARS] for layer in decoder.layers]
-        self._norms: list[nn.Module] = []
+        self._norms: list[dict[str, nn.Parameter]] = []
         self._weights: list[Tensor] = []
         self.norm = self._address(decoder.norm)
         layers = zip(decoder.layers, self._multiplies, strict=True)
         self.parameters = (_DecoderLayer * len(decoder.layers))(
             *(self._parameters(layer, multiplies, decoder.config) for layer, multiplies in layers)
         )
+        self._addresses = [each.data_ptr() for each in self._weights]
         self._as_read = all(each.dtype == torch.bfloat16 and each.is_contiguous() for each in self._weights)
 
     def are_those_of_the_decoder(self) -> bool:
         """Whether no module, and no weight of a norm, has been replaced."""
-        weights = [norm.weight.data_ptr() for norm in self._norms]
-        return self._all(self._modules) == self._children and weights == [each.data_ptr() for each in self._weights]
+        addresses = [norm["weight"].data_ptr() for norm in self._norms]
+        return addresses == self._addresses and self._all_children() == self._children
 
     def need_python(self) -> bool:
         """Whether somebody listens to a module, wants gradients, or has made it compute in another type."""
-        trained = torch.is_grad_enabled() and any(each.weight.requires_grad for each in (self._embedding, *self._norms))
-        return trained or any(self._hooks) or not self._as_read or self._embedding.weight.dtype != torch.bfloat16
+        weights = self._embedding.weight, *(norm["weight"] for norm in self._norms)
+        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        return trained or any(self._hooks) or not self._as_read or weights[0].dtype != torch.bfloat16
 
-    @staticmethod
-    def _all(modules: list[dict[str, nn.Module]]) -> list[nn.Module]:
-        return list(chain.from_iterable(each.values() for each in modules))
+    def _all_children(self) -> list[nn.Module]:
+        return list(chain.from_iterable(map(dict.values, self._modules)))
 
     def _parameters(self, layer: nn.Module, multiplies: list[CpuMultiply], config: PretrainedConfig) -> _DecoderLayer:
         attention = layer.self_attn
@@ -205,7 +207,7 @@ class _Layers:
     def _address(self, norm: nn.Module | None) -> int | None:
         if norm is None:
             return None
-        self._norms.append(norm)
+        self._norms.append(norm._parameters)
         self._weights.append(norm.weight.detach())
         return self._weights[-1].data_ptr()
 
