@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernels import available, relative_error
 from three_tiers import random_three_tier
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from stepdown.errors import UserError
@@ -98,8 +99,7 @@ def test_a_token_is_what_the_layers_make_of_it(family, bits, kernel):
 def test_it_is_computed_in_cpp(monkeypatch, kernel):
     model = quickened(model_of("llama", kernel))
     cache = model(TOKENS[:, :3], use_cache=True).past_key_values
-    for layer in model.model.layers:
-        monkeypatch.setattr(layer, "forward", None)
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", None)
     with pytest.raises(TypeError):
         model(TOKENS[:, 3:5], past_key_values=cache)
     model(TOKENS[:, 3:4], past_key_values=cache)
@@ -166,7 +166,32 @@ def copy_norm(model):
     model.model.layers[1].input_layernorm = copy.deepcopy(model.model.layers[0].input_layernorm)
 
 
-@pytest.mark.parametrize("change", [double_norms, steer, drop_mlp, copy_norm])
+def drop_norm(model):
+    model.model.layers[1].input_layernorm = torch.nn.Identity()
+
+
+def parametrize_norm(model):
+    register_parametrization(model.model.norm, "weight", torch.nn.Softplus())
+
+
+def use_relu(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def use_layer_norm(model):
+    model.model.norm = torch.nn.LayerNorm(SIZES["hidden_size"]).bfloat16().requires_grad_(False)
+
+
+def negate_mlp(model):
+    mlp = model.model.layers[0].mlp
+    own = mlp.forward
+    mlp.forward = lambda states: -own(states)
+
+
+CHANGES = double_norms, steer, drop_mlp, copy_norm, drop_norm, parametrize_norm, use_relu, use_layer_norm, negate_mlp
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("begun", [False, True])
 def test_what_is_changed_later_is_seen(change, begun, kernel):
     model = quickened(model_of("llama", kernel))
@@ -177,14 +202,27 @@ def test_what_is_changed_later_is_seen(change, begun, kernel):
     assert relative_error(found, expected.double()) < NEAR
 
 
-def test_changed_keys_and_values_are_used(kernel):
+def times_three(layer):
+    layer.values = 3 * layer.values
+
+
+def times_three_in_place(layer):
+    layer.values.mul_(3)
+
+
+def shorten(layer):
+    layer.keys, layer.values = layer.keys[..., 1:, :], layer.values[..., 1:, :]
+
+
+@pytest.mark.parametrize("edit", [times_three, times_three_in_place, shorten])
+def test_changed_keys_and_values_are_used(edit, kernel):
     model = quickened(model_of("llama", kernel))
     found = []
     for each in (model, slow(copy.deepcopy(model))):
         cache = each(TOKENS[:, :3], use_cache=True).past_key_values
         each(TOKENS[:, 3:4], past_key_values=cache)
         for layer in cache.layers[1:]:
-            layer.values = 3 * layer.values
+            edit(layer)
         found.append(each(TOKENS[:, 4:5], past_key_values=cache).logits[0])
     assert relative_error(found[0], found[1].double()) < NEAR
 
@@ -195,6 +233,8 @@ def test_copies_of_a_cache_go_their_own_ways(kernel):
     model(TOKENS[:, 3:4], past_key_values=caches[0])
     caches.append(copy.copy(caches[0]))
     caches[1].layers = [copy.copy(layer) for layer in caches[0].layers]
+    caches[0].crop(-1)
+    model(TOKENS[:, 3:4], past_key_values=caches[0])
     for token, cache in enumerate(caches):
         model(torch.tensor([[token]]), past_key_values=cache)
     for token, cache in enumerate(caches):

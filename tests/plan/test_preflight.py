@@ -434,8 +434,10 @@ def test_a_sequence_longer_than_the_model_allows(model, config):
 
 
 def test_a_measured_prompt_is_as_long_as_the_model_allows(model):
-    (model / "config.json").write_text(json.dumps({"n_positions": 64}))
-    assert [fitting(*tokens, model) for tokens in ((32, 32), (60, 5), (128, 32), (8, 100))] == [32, 59, 32, 1]
+    (model / "config.json").write_text(json.dumps({"n_positions": 64, "text_config": {"hidden_size": 4}}))
+    expected = {(32, 32): (32, 32), (60, 5): (59, 5), (128, 32): (32, 32), (8, 100): (1, 63)}
+    assert {tokens: fitting(*tokens, model) for tokens in expected} == expected
+    assert "at most 64" in error_of(preflight.check_length, "here", 65, model)
 
 
 def test_results_that_lead_nowhere(tmp_path):

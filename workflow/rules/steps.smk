@@ -132,7 +132,7 @@ def compression(form):
 
     def name(wildcards):
         with one_line():
-            check_step(form.format(**wildcards), local_model(MODEL))
+            check_step(form.format(**wildcards), local_model(MODEL), config["structured"]["round_to"])
         return wildcards.run
 
     return name

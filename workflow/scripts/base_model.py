@@ -11,7 +11,7 @@ from stepdown.plan.preflight import check_block
 
 
 def main(arguments: argparse.Namespace) -> None:
-    check_block(arguments.block_size, arguments.k, "--{}")
+    check_block(arguments.block_size, arguments.k, ("--block-size", "--k"))
     decoder = import_model(arguments.model, arguments.revision, arguments.output_model, arguments.trust_remote_code)
     tell_what_is_pruned(decoder)
     shapes = {name: tuple(linear.weight.shape) for name, linear in decoder.linears().items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.files import check_length, fitting, write_json
+from stepdown.files import fitting, write_json
 from stepdown.measure.sizes import size_of
 from stepdown.measure.speed import load_model, measure_speed
 from stepdown.models.tier_maps import read_tier_map
@@ -17,8 +17,7 @@ def main(arguments: argparse.Namespace) -> None:
         if not 2 <= len(parts) <= 3:
             raise UserError(f"--step {parts[0]}: give a name, a folder, and at most a tier map or a file of thresholds")
     found = {}
-    prompt = fitting(arguments.prompt_tokens, arguments.new_tokens, Path(arguments.step[0][1]))
-    check_length("--new-tokens", arguments.new_tokens + prompt, Path(arguments.step[0][1]))
+    prompt, new = fitting(arguments.prompt_tokens, arguments.new_tokens, Path(arguments.step[0][1]))
     dense = load_model(arguments.step[0][1], arguments.device, arguments.trust_remote_code)
     for step, folder, *more in cli.progress(arguments.step, "measure"):
         model = load_model(folder, arguments.device, arguments.trust_remote_code)
@@ -28,11 +27,11 @@ def main(arguments: argparse.Namespace) -> None:
                 switch_on(model, path)
             else:
                 tier_map = read_tier_map(path)
-        speed, beside = measure_speed([model, dense], prompt, arguments.new_tokens, arguments.repeats)
+        speed, beside = measure_speed([model, dense], prompt, new, arguments.repeats)
         found[step] = {**size_of(folder, tier_map), "tokens_per_second": speed, "dense_tokens_per_second": beside}
     protocol = (
         f"batch 1; prefill: a prompt of {prompt} random tokens in one pass; decode: the next"
-        f" {arguments.new_tokens} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs, in"
+        f" {new} tokens one by one, greedily, with a cache; median of {arguments.repeats} runs, in"
         " which the model and the dense one take turns. Packed models run on kernels of their own; zeros, quantised"
         " weights and sparse activations through dense ones."
     )

@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _tiers(arguments: argparse.Namespace) -> TierOptions:
-    check_block(arguments.block_size, arguments.k, "--{}")
+    check_block(arguments.block_size, arguments.k, ("--block-size", "--k"))
     # A schedule may round its shares.
     if abs((total := sum(map(Fraction, arguments.shares))) - 1) > Fraction(1, 10**6):
         raise UserError(f"--shares: found a sum of {float(total):g}; write three that sum to 1")

@@ -69,7 +69,10 @@ def positive(text: str) -> float:
 
 def share(text: str) -> str:
     """The type of an argument that is a share, such as 0.35 or 7/20, which stays as it is written: exact."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*|/[0-9]*[1-9][0-9]*)?|\.[0-9]+", text) or Fraction(text) > 1:
+    if (
+        not re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?|[0-9]+/[0-9]*[1-9][0-9]*", text)
+        or Fraction(text) > 1
+    ):
         raise argparse.ArgumentTypeError(f"found {text!r}; write a share from 0 to 1")
     return text
 

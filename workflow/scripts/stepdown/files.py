@@ -15,6 +15,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 PICKLES = "pytorch_model*.bin"
 PICKLES_INDEX = "pytorch_model.bin.index.json"
+# What config.json calls the number of positions.
+POSITIONS = ("max_position_embeddings", "n_positions")
 # Half a character: JSON can write it (`\ud83d`), no encoding can, and no tokenizer takes it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -176,21 +178,22 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 def check_length(where: str, sequence_length: int, folder: Path) -> None:
     """A sequence must not be longer than the positions the model was trained on."""
-    for name, most in _positions(folder).items():
+    for name, most in _positions(folder):
         if sequence_length > most:
             raise UserError(f"{where}: found {sequence_length}; {folder} allows at most {most} ({name})")
 
 
-def fitting(prompt: int, more: int, folder: Path) -> int:
-    """How many tokens of a prompt a model has positions for, `more` coming after it; one at least."""
-    return max(1, min([prompt, *(most - more for most in _positions(folder).values())]))
+def fitting(prompt: int, more: int, folder: Path) -> tuple[int, int]:
+    """How many tokens of a prompt, and how many more after it, a model has positions for; one of each at least."""
+    most = min([prompt + more, *(most for _, most in _positions(folder))])
+    more = max(1, min(more, most - 1))
+    return max(1, min(prompt, most - more)), more
 
 
-def _positions(folder: Path) -> dict[str, int]:
+def _positions(folder: Path) -> list[tuple[str, int]]:
     config = read_json_object(folder / "config.json")
-    names = ("max_position_embeddings", "n_positions")
-    found = {name: part.get(name) for part in (config, text_config(config)) for name in names}
-    return {name: most for name, most in found.items() if isinstance(most, int)}
+    parts = ((name, part.get(name)) for part in (config, text_config(config)) for name in POSITIONS)
+    return [(name, most) for name, most in parts if isinstance(most, int)]
 
 
 def text_config(config: dict) -> dict:

@@ -176,8 +176,10 @@ def shard_of(name: str) -> str:
     return REST if number is None else ".".join(parts[: number + 1])
 
 
-def beside_layers(names: Iterable[str], used: Iterable[str]) -> list[str]:
-    """Those of the names that belong to layers beside the ones that the used names belong to."""
+def beside_layers(names: Iterable[str], used: Iterable[str], left_out: Iterable[str] | None = None) -> list[str]:
+    """Those of the names that belong to layers beside the ones that the used names belong to, but for those of patterns
+    that a family leaves out."""
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in left_out or ())]
     layers = {shard_of(name) for name in used}
     lists = {layer.rpartition(".")[0] for layer in layers}
     found = ((name, shard_of(name)) for name in sorted(names))

@@ -2,7 +2,6 @@
 later jobs read of it, told what of it can be pruned."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -139,12 +138,12 @@ def check_layers(decoder: Decoder) -> None:
             raise UserError(
                 f"{checkpoint.folder}: {name} is stored as whole numbers; give the model before it was quantised"
             )
-    for name in beside_layers(checkpoint.names, decoder.stored.values()):
-        if not any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ()):
-            raise UserError(
-                f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "
-                "take both from one model"
-            )
+    left_out = model._keys_to_ignore_on_load_unexpected
+    for name in beside_layers(checkpoint.names, decoder.stored.values(), left_out):
+        raise UserError(
+            f"{checkpoint.folder}: config.json has {len(decoder.layers)} layers, the weights also hold {name}; "
+            "take both from one model"
+        )
 
 
 def check_causal(decoder: Decoder) -> None:

@@ -35,7 +35,7 @@ BESIDE_LAYERS = f"{REST}.safetensors"
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed folder; what a later version adds is for `read_index` to refuse."""
+    """`quantization_config` of a packed folder, of which nothing is asked: packed.json says the same."""
 
     def __init__(self, quant_method: str = QUANT_METHOD, format: str = "", values: str = "bf16", **_: object) -> None:
         self.quant_method, self.format, self.values = quant_method, format, values
@@ -46,7 +46,7 @@ class PackedQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: dict | str | None) -> dict | None:
         """A GPU where there is one, unless a device is named; raises `UserError` for several."""
-        if not isinstance(device_map, dict):
+        if not isinstance(device_map, dict) or not device_map:
             device_map = {"": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
         devices = sorted({str(device) for device in device_map.values()})
         if len(devices) > 1:

@@ -136,7 +136,7 @@ def load_library(path: Path) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise NoKernel(f"{path} could not be loaded ({error})") from None
+        raise NoKernel(f"{path} could not be loaded ({error}); delete it") from None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.three_tier_linear.argtypes = [pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int]
     loaded.three_tier_unpack.argtypes = [pointer, number, number, pointer, ctypes.c_int]

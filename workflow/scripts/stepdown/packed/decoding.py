@@ -9,6 +9,7 @@ views, so that a token more copies nothing.
 
 import copy
 import ctypes
+import operator
 from itertools import chain
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ LINEARS = (
 )
 # The kernels take vectors of so many, and have no last part of one.
 WHOLE = 8
+HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks")
 # How many more places there are where one is missing, beside as many as there were.
 MORE_ROOM = 64
 
@@ -73,14 +75,16 @@ def _layer_fits(layer: nn.Module) -> bool:
 class OneToken:
     """What a decoder is called with, and gives: one token's hidden states in C++, and others by itself."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: nn.Module, kinds: list[type] | None = None):
         self._decoder, self._own, self._decode = decoder, type(decoder).forward, compiled_kernels().decode_token
+        # What is replaced by another kind of module computes something else.
+        self._kinds = kinds or [type(each) for each in decoder.modules()]
         self._layers: _Layers | None = None
-        # Of each cache, what its keys and values are views of.
-        self._memories: WeakKeyDictionary[DynamicCache, Tensor] = WeakKeyDictionary()
+        # Of each cache what its keys and values are views of, and these as it was given them.
+        self._memories: WeakKeyDictionary[DynamicCache, tuple[Tensor, list[Tensor]]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict) -> "OneToken":
-        return OneToken(copy.deepcopy(self._decoder, memo))
+        return OneToken(copy.deepcopy(self._decoder, memo), self._kinds)
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask=None, past_key_values=None, **others):
         one = input_ids is not None and input_ids.shape == (1, 1) and self._is_plain(past_key_values)
@@ -92,14 +96,21 @@ class OneToken:
 
     def _is_plain(self, cache) -> bool:
         """Whether a cache keeps all of every layer's keys and values of one sequence, and has some."""
-        return (
-            type(cache) is DynamicCache
-            and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
-            and len(cache.layers) > 0
-            and len(keys := cache.layers[0].keys) == 1
-            and keys.dtype == torch.bfloat16
-            and keys.device.type == "cpu"
+        if type(cache) is not DynamicCache or not cache.layers:
+            return False
+        if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers):
+            return False
+        held = _keys_and_values(cache)
+        return self._are_as_given(cache, held) or (
+            len(held[0]) == 1
+            and all(each.shape == held[0].shape for each in held)
+            and all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in held)
         )
+
+    def _are_as_given(self, cache: DynamicCache, held: list[Tensor]) -> bool:
+        """Whether nobody has replaced the keys and values since the last token."""
+        _, given = self._memories.get(cache, (None, []))
+        return len(held) == len(given) and all(map(operator.is_, held, given))
 
     def _is_all(self, others: dict) -> bool:
         """Whether nothing but the last hidden states is asked for."""
@@ -112,7 +123,8 @@ class OneToken:
     def _can_step(self, layers: int) -> bool:
         """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do."""
         if self._layers is None or not self._layers.are_those_of_the_decoder():
-            self._layers = _Layers(self._decoder) if _fits(self._decoder) else None
+            same = [type(each) for each in self._decoder.modules()] == self._kinds
+            self._layers = _Layers(self._decoder) if same and _fits(self._decoder) else None
         return self._layers is not None and layers == len(self._layers.parameters) and not self._layers.need_python()
 
     def _step(self, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None) -> BaseModelOutputWithPast:
@@ -134,21 +146,23 @@ class OneToken:
             states.data_ptr(),
             torch.get_num_threads(),
         )
-        seen = memory[..., : known + 1, :].flatten(0, 1).unbind()
+        seen = list(memory[..., : known + 1, :].flatten(0, 1).unbind())
         for place, layer in enumerate(cache.layers):
             layer.keys, layer.values = seen[2 * place : 2 * place + 2]
+        self._memories[cache] = memory, seen
         return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache)
 
     def _memory(self, cache: DynamicCache, known: int) -> Tensor:
         """[layers, keys and values, 1, key heads, room, head size], in front what the cache knows, then room."""
-        memory = self._memories.get(cache)
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        if memory is None or memory.shape[-2] == known or not _are_parts(held, memory):
-            shape = len(cache.layers), 2, *held[0].shape[:2], 2 * known + MORE_ROOM, held[0].shape[-1]
-            memory = held[0].new_empty(shape)
-            for own, tensor in zip(memory.flatten(0, 1), held, strict=True):
-                own[..., :known, :] = tensor
-            self._memories[cache] = memory
+        held = _keys_and_values(cache)
+        if self._are_as_given(cache, held):
+            memory, _ = self._memories[cache]
+            if memory.shape[-2] > known:
+                return memory
+        shape = len(cache.layers), 2, *held[0].shape[:2], 2 * known + MORE_ROOM, held[0].shape[-1]
+        memory = held[0].new_empty(shape)
+        for own, tensor in zip(memory.flatten(0, 1), held, strict=True):
+            own[..., :known, :] = tensor
         return memory
 
 
@@ -160,8 +174,9 @@ class _Layers:
         modules = list(decoder.modules())
         self._modules = [each._modules for each in modules if each._modules]
         self._children = self._all_children()
-        self._hooks = [hooks for each in modules[1:] for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self._hooks += [_global_forward_hooks, _global_forward_pre_hooks]
+        # Their attributes: one more is, for one, a `forward` of their own.
+        self._attributes = list(map(vars, modules[1:]))
+        self._counts = list(map(len, self._attributes))
         self._embedding = decoder.embed_tokens
         # Held, since the kernels know addresses only.
         self._multiplies = [[layer.get_submodule(name).multiply for name in LINEARS] for layer in decoder.layers]
@@ -173,18 +188,23 @@ class _Layers:
             *(self._parameters(layer, multiplies, decoder.config) for layer, multiplies in layers)
         )
         self._addresses = [each.data_ptr() for each in self._weights]
-        self._as_read = all(each.dtype == torch.bfloat16 and each.is_contiguous() for each in self._weights)
+        self._is_ours = not any("forward" in each for each in self._attributes) and all(
+            each.dtype == torch.bfloat16 and each.is_contiguous() for each in self._weights
+        )
 
     def are_those_of_the_decoder(self) -> bool:
-        """Whether no module, and no weight of a norm, has been replaced."""
-        addresses = [norm["weight"].data_ptr() for norm in self._norms]
-        return addresses == self._addresses and self._all_children() == self._children
+        """Whether no module, no weight of a norm and no `forward` has been replaced."""
+        addresses = [norm["weight"].data_ptr() for norm in self._norms if "weight" in norm]
+        same = addresses == self._addresses and self._all_children() == self._children
+        return same and list(map(len, self._attributes)) == self._counts
 
     def need_python(self) -> bool:
         """Whether somebody listens to a module, wants gradients, or has made it compute in another type."""
         weights = self._embedding.weight, *(norm["weight"] for norm in self._norms)
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        return trained or any(self._hooks) or not self._as_read or weights[0].dtype != torch.bfloat16
+        hooks = chain.from_iterable(map(HOOKS, self._attributes))
+        heard = any(hooks) or _global_forward_hooks or _global_forward_pre_hooks
+        return bool(trained or heard or not self._is_ours or weights[0].dtype != torch.bfloat16)
 
     def _all_children(self) -> list[nn.Module]:
         return list(chain.from_iterable(map(dict.values, self._modules)))
@@ -212,10 +232,8 @@ class _Layers:
         return self._weights[-1].data_ptr()
 
 
-def _are_parts(tensors: list[Tensor], memory: Tensor) -> bool:
-    """Whether keys and values are what lies in the memory, one after the other: nobody has replaced them since."""
-    first, step = memory.data_ptr(), memory.stride(1) * memory.element_size()
-    return all(tensor.data_ptr() == first + place * step for place, tensor in enumerate(tensors))
+def _keys_and_values(cache: DynamicCache) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _sees_all(mask) -> bool:

@@ -116,7 +116,8 @@ def choose_kernel(kernel: str, device: torch.device) -> str:
 def _available(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f"kernel {kernel!r}: not one of auto, {', '.join(KERNELS)}")
-    needed = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "torch": device.type}
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    needed = {"triton": device.type if interpreted else "cuda", "torch": device.type}
     if device.type != (kind := needed.get(kernel, "cpu")):
         raise UserError(f"kernel {kernel!r}: runs on {kind}, and the model is to be on {device.type}; use 'auto'")
     if kernel in INSTRUCTIONS:

@@ -14,6 +14,7 @@ from ..files import read_json_object
 from ..models.checkpoint import REST, beside_layers, check_finite, shard_of
 from ..models.decoder import build_empty, choose_device, head_name, types_of
 from ..models.linears import as_linears_, computes_as_linear, linear_of, replace_module
+from ..models.loading import told_in_one_line
 from ..models.stored_names import stored_names
 from .cpu import INSTRUCTIONS
 from .decoding import quicken_decoding
@@ -54,7 +55,8 @@ def _configure_generation(model: nn.Module, folder: Path) -> None:
 
     if (folder / GENERATION_CONFIG).is_file():
         read_json_object(folder / GENERATION_CONFIG)
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with told_in_one_line(folder, f"{GENERATION_CONFIG} is none that transformers can load"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _refuse_to_save(folder: Path, *_: object, **__: object) -> None:
@@ -94,7 +96,8 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     used = set(stored.values())
     of_matrices = {f"{name}.{part}" for name in matrices for part in ("weight", "bias") if shard_of(name) != REST}
     unused = shapes.keys() - used
-    for name in sorted({*beside_layers(unused, used), *(of_matrices & unused)}):
+    beside = beside_layers(unused, used, model._keys_to_ignore_on_load_unexpected)
+    for name in sorted({*beside, *(of_matrices & unused)}):
         raise UserError(f"{folder}: the files also hold {name}, for which config.json has no place; pack it again")
     linears: dict[str, str] = {}
     unpacked: dict[str, str] = {}

@@ -32,6 +32,7 @@ SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evalu
 PARQUET, BEGINNING = b"PAR1", 1 << 16
 
 PACKED_BLOCK_SIZE = 16
+BLOCK_KEYS = "config key pruning.block_size", "config key pruning.k"
 
 # The JSON Schema of the configuration, for people.
 TYPE_WORDS = {
@@ -209,13 +210,13 @@ def check_links(step: Path) -> None:
             )
 
 
-def check_block(block_size: int, k: int, form: str = "config key pruning.{}") -> None:
-    """A block holds whole groups of four inputs and at least the k entries that TopK keeps; form: their names."""
+def check_block(block_size: int, k: int, names: tuple[str, str] = BLOCK_KEYS) -> None:
+    """A block holds whole groups of four inputs and at least the k entries that TopK keeps; names: of both."""
     if block_size % 4:
-        raise UserError(f"{form.format('block_size')}: found {block_size}; write a multiple of 4 such as 16")
+        raise UserError(f"{names[0]}: found {block_size}; write a multiple of 4 such as 16")
     if k > block_size**2:
         entries = f"a block of {block_size}x{block_size} has {block_size**2} entries"
-        raise UserError(f"{form.format('k')}: found {k}; {entries}, write at most that")
+        raise UserError(f"{names[1]}: found {k}; {entries}, write at most that")
 
 
 def check_target(pruning: dict) -> None:

@@ -67,12 +67,14 @@ def check_packable(decoder: Decoder) -> None:
 def _by_rounding(decoder: Decoder, asked: Quantisation) -> Iterator[dict[str, Tensor]]:
     """The packed tensors of each layer by name, rounded to nearest: no text is asked for."""
     for names in progress(decoder.checkpoint.shards().values(), "round to nearest"):
-        weights = {name: decoder.checkpoint.matrix(name) for name in decoder.linears() if f"{name}.weight" in names}
-        for name, weight in weights.items():
-            check_finite(decoder.checkpoint.folder, name, weight)
-        if weights:
-            rounded = {name: round_to_nearest(weight, asked, decoder.dtype) for name, weight in weights.items()}
-            yield _packed(rounded, asked)
+        if linears := [name for name in decoder.linears() if f"{name}.weight" in names]:
+            yield _packed({name: _to_nearest(decoder, name, asked) for name in linears}, asked)
+
+
+def _to_nearest(decoder: Decoder, name: str, asked: Quantisation) -> Quantised:
+    weight = decoder.checkpoint.matrix(name)
+    check_finite(decoder.checkpoint.folder, name, weight)
+    return round_to_nearest(weight, asked, decoder.dtype)
 
 
 def _by_gptq(decoder: Decoder, windows: Tensor, batch_size: int, asked: Quantisation) -> Iterator[dict[str, Tensor]]:

@@ -64,7 +64,8 @@ def reconstruct_layers(
         }
         reconstruct_(layer, dense_walk.states, trained, free, settings)
         layer.replay()
-        yield {name: parameter.detach().cpu() for name, parameter in trained.items()}
+        free.clear()
+        yield {name: trained.pop(name).detach().cpu() for name in list(trained)}
 
 
 def reconstruct_(

@@ -1,7 +1,7 @@
 """The shares of the tiers that follow from a budget and from what it costs the blocks of a model to step down."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -18,7 +18,7 @@ from .calibration import Calibration
 
 
 def shares_for(
-    target: dict[str, float],
+    target: Mapping[str, str | float],
     checkpoint: Checkpoint,
     tier_map: TierMap,
     calibration: Calibration,
@@ -43,7 +43,7 @@ def shares_for(
     try:
         counts = count_tiers(tiers_within(torch.cat(costs), torch.cat(spared), wanted))
     except ValueError as error:
-        raise UserError(f"target {key} {share:g} cannot be met: {error}; ask for less") from None
+        raise UserError(f"target {key} {float(share):g} cannot be met: {error}; ask for less") from None
     return {name: str(Fraction(count, sum(counts))) for name, count in zip(TIER_NAMES.values(), counts, strict=True)}
 
 

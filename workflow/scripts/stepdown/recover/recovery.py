@@ -89,7 +89,7 @@ def recover(
         model = add_masked_adapter(model, keep_masks, *shape, low_memory=settings.memory == "low")
     training = training_arguments(settings, state, device)
     if settings.processes > 1 and not settings.sharded:
-        training.ddp_find_unused_parameters = not _text_reaches_all(model, windows[:1, :2])
+        training.ddp_find_unused_parameters = not _text_reaches_all(model, windows[:1, :1])
     _place(model, teacher, settings.sharded, training.device, read)
     trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
         # An adapter's own mask does all there is to do.
@@ -123,7 +123,10 @@ def _check_texts(**windows: Tensor) -> None:
 def _text_reaches_all(model: nn.Module, tokens: Tensor) -> bool:
     """Whether what a model makes of tokens depends on all that is trained: not on a part for images, nor on an indexer
     that is trained by itself. Processes would wait for the gradients of these."""
-    nodes, seen = [model.eval()(input_ids=tokens, use_cache=False).logits.grad_fn], set()
+    # Only who took part in it is asked, so nothing is held for the way back.
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits
+    nodes, seen = [logits.grad_fn], set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
