@@ -1,5 +1,6 @@
 """What scripts are told by hand: a wrong number is one line that says what to write, and exit code 1."""
 
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ OUTPUTS = {
     "reconstruct": ("--dense-model", MODEL, "--masks", "x", "--output-model"),
     "base_model": ("--output-tier-map", "x", "--output-model"),
     "prune_oneshot": ("--run", "wanda-three-tier", "--output-report", "x", "--output-model"),
+    "degrade_dense_to_2_4": ("--scores", "x", "--tier-map", "x", "--iteration", "1", "--output"),
+    "prune_gradually": ("--run", "wanda-2of4", "--output-report", "x", "--output-model"),
     "measure": ("--step", "iter0", MODEL, "--output"),
 }
 
@@ -33,14 +36,43 @@ OUTPUTS = {
         ("prune_oneshot", "--top-blocks 1e-5 --layer-sparsity [2]", "--layer-sparsity: found [2]"),
         ("prune_oneshot", "--top-blocks 7", "argument --top-blocks: found '7'"),
         ("prune_oneshot", "--layer-sparsity [1]", "--layer-sparsity: found [1]; write such as"),
+        ("prune_oneshot", '--layer-sparsity {"layers.0":true}', "--layer-sparsity: found"),
+        ("prune_oneshot", "--owl-lambda inf", "argument --owl-lambda: found 'inf'"),
+        ("degrade_dense_to_2_4", "--dense half --mid-2-4 0.3 --topk 0.2", "argument --dense: found 'half'"),
+        ("degrade_dense_to_2_4", "--dense 1/0 --mid-2-4 0.3 --topk 0.2", "argument --dense: found '1/0'"),
+        ("degrade_dense_to_2_4", "--dense 0.5 --mid-2-4 0.5 --topk 0.5", "found a sum of 1.5"),
+        ("prune_gradually", "--learning-rate -1", "argument --learning-rate: found '-1'"),
+        ("prune_gradually", "--rise 2", "--rise: found 2; write a share"),
         ("measure", "--repeats 0", "argument --repeats: found '0'"),
         ("measure", "--step iter1", "--step iter1: give a name, a folder"),
     ],
 )
 def test_a_wrong_number_is_one_line(script, words, told, tmp_path):
-    model = () if script == "measure" else ("--model", MODEL)
+    model = () if script in ("measure", "degrade_dense_to_2_4") else ("--model", MODEL)
     outputs = (*model, *OUTPUTS[script], str(tmp_path / "output"))
     command = [sys.executable, SCRIPTS / f"{script}.py", *outputs, *words.split()]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1 and told in found.stderr
     assert found.stderr.count("\n") == 1 and found.stderr.startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def import_bundled(source, target):
+    words = ["--model", source, "--output-model", target, "--output-tier-map", target.parent / "tier_map.safetensors"]
+    return subprocess.run([sys.executable, SCRIPTS / "base_model.py", *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("target", ["own", "."], ids=["itself", "around it"])
+def test_the_folder_of_a_model_is_not_written_over(target, tmp_path):
+    own = shutil.copytree(MODEL, tmp_path / "models/own")
+    before = {file.name for file in own.iterdir()}
+    found = import_bundled(own, own.parent / target)
+    assert found.returncode == 1 and "would be lost; name another folder" in found.stderr
+    assert {file.name for file in own.iterdir()} == before
+
+
+def test_other_files_give_no_way_to_a_model(tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers/thesis.txt").write_text("all of it")
+    found = import_bundled(MODEL, tmp_path / "papers")
+    assert found.returncode == 1 and "holds thesis.txt and no model, which would be lost" in found.stderr
+    assert (tmp_path / "papers/thesis.txt").exists() and found.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ import torch
 
 from stepdown import cli
 from stepdown.errors import UserError
-from stepdown.files import SURROGATE
+from stepdown.files import SURROGATE, check_length
 from stepdown.measure.speed import memory_of
 from stepdown.packed.linear import KERNELS
 from stepdown.packed.model import load_packed
@@ -27,8 +27,10 @@ def main(arguments: argparse.Namespace) -> None:
     for name, kernel in (("packed", arguments.kernel), ("dense in torch", "torch")):
         model = load_packed(arguments.model, kernel, **options)
         tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
-        prompt = SURROGATE.sub("\ufffd", arguments.prompt)
-        tokens, speed = continue_prompt(model, tokenizer(prompt, return_tensors="pt"), arguments.tokens)
+        prompt = tokenizer(SURROGATE.sub("\ufffd", arguments.prompt), return_tensors="pt")
+        length = prompt["input_ids"].shape[1] + arguments.tokens
+        check_length("--prompt with --tokens", length, arguments.model)
+        tokens, speed = continue_prompt(model, prompt, arguments.tokens)
         texts[name] = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(texts) == 1:
             print(f"{texts[name]}\n")

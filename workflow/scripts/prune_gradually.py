@@ -6,6 +6,7 @@ from dataclasses import fields
 import torch
 
 from stepdown import cli
+from stepdown.errors import UserError
 from stepdown.files import check_length, write_json
 from stepdown.models.decoder import choose_device, open_decoder
 from stepdown.models.linears import as_linears_
@@ -17,6 +18,8 @@ from stepdown.text import describe, parse_text, training_windows
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.rise > 1:
+        raise UserError(f"--rise: found {arguments.rise:g}; write a share of the steps, 1 at most")
     run = parse_gradual(arguments.run, method_names())
     text = parse_text(arguments.text)
     check_length("--sequence-length", arguments.sequence_length, arguments.model)
@@ -46,10 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=cli.whole_number(), default=4, help="windows of a step (default: %(default)s)"
     )
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=cli.positive, default=2e-5, help="default: %(default)s")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--updates", type=int, default=20, help="times that masks are chosen (default: %(default)s)")
-    parser.add_argument("--rise", type=float, default=0.8, help="share of the steps in which sparsity rises")
+    parser.add_argument(
+        "--updates", type=cli.whole_number(), default=20, help="times that masks are chosen (default: %(default)s)"
+    )
+    parser.add_argument("--rise", type=cli.positive, default=0.8, help="share of the steps in which sparsity rises")
     parser.add_argument("--seed", type=cli.whole_number(0), default=0)
     cli.add_output_arguments(parser, "pruned", report="what came of every matrix")
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from fractions import Fraction
 
 from stepdown import cli
@@ -30,9 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _tiers(arguments: argparse.Namespace) -> TierOptions:
     check_block(arguments.block_size, arguments.k, ("--block-size", "--k"))
-    # A schedule may round its shares.
-    if abs((total := sum(map(Fraction, arguments.shares))) - 1) > Fraction(1, 10**6):
-        raise UserError(f"--shares: found a sum of {float(total):g}; write three that sum to 1")
+    cli.check_shares("--shares", arguments.shares)
     return TierOptions(
         block_size=arguments.block_size,
         k=arguments.k,
@@ -48,9 +47,13 @@ def _layers(arguments: argparse.Namespace) -> LayerOptions:
         table = json.loads(arguments.layer_sparsity)
     except ValueError as error:
         raise UserError(f'--layer-sparsity: not JSON ({error}); write such as {{"layers.0-5": 0.3}}') from None
-    if not isinstance(table, dict) or not all(isinstance(value, int | float) for value in table.values()):
+    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
         raise UserError(f'--layer-sparsity: found {arguments.layer_sparsity}; write such as {{"layers.0-5": 0.3}}')
-    return LayerOptions(arguments.owl_lambda, arguments.owl_m, table, arguments.meet_overall)
+    return LayerOptions(float(Fraction(arguments.owl_lambda)), arguments.owl_m, table, arguments.meet_overall)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,8 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiers.add_argument("--selection", choices=SELECTIONS, default="wanda", help="what decides inside a block")
     layers = parser.add_argument_group("-owl and -table")
-    layers.add_argument("--owl-lambda", type=float, default=0.08, help="reach around the mean (default: %(default)s)")
-    layers.add_argument("--owl-m", type=float, default=5.0, help="an outlier is above M times the mean (default: 5)")
+    layers.add_argument(
+        "--owl-lambda", type=cli.share, default="0.08", help="reach around the mean (default: %(default)s)"
+    )
+    layers.add_argument(
+        "--owl-m", type=cli.positive, default=5.0, help="an outlier is above M times the mean (default: 5)"
+    )
     layers.add_argument("--layer-sparsity", default="{}", help="JSON: pattern of names -> sparsity")
     layers.add_argument("--meet-overall", action=argparse.BooleanOptionalAction, default=True)
     cli.add_output_arguments(parser, "pruned", report="what came of every matrix")

@@ -26,6 +26,8 @@ if __name__ == "__main__":
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or the report of a one-shot run")
     help = "let a block of a tier choose anew which of its weights it keeps, where the outputs lose less by it"
     parser.add_argument("--swaps", action=argparse.BooleanOptionalAction, default=True, help=help)
-    parser.add_argument("--damping", type=float, default=0.01, help="hold to the pruned weights (default: %(default)s)")
+    parser.add_argument(
+        "--damping", type=cli.positive, default=0.01, help="hold to the pruned weights (default: %(default)s)"
+    )
     parser.add_argument("--output-model", type=Path, required=True, help="folder of the refitted checkpoint")
     cli.run(main, parser)

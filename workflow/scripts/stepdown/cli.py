@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
@@ -75,6 +75,12 @@ def share(text: str) -> str:
     ):
         raise argparse.ArgumentTypeError(f"found {text!r}; write a share from 0 to 1")
     return text
+
+
+def check_shares(names: str, shares: Sequence[str]) -> None:
+    """Shares sum to 1, as near as a schedule may round them."""
+    if abs((total := sum(map(Fraction, shares))) - 1) > Fraction(1, 10**6):
+        raise UserError(f"{names}: found a sum of {float(total):g}; write three that sum to 1")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

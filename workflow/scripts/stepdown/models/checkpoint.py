@@ -262,8 +262,10 @@ def fuse_(tensors: dict[str, Tensor], fused: Mapping[str, Fused]) -> None:
 
 @contextmanager
 def new_folder(target: Path | str) -> Iterator[Path]:
-    """A folder to write in that becomes `target` at the end, in place of what was there; on an error it is deleted."""
+    """A folder to write in that becomes `target` at the end, in place of the model that was there; on an error it is
+    deleted. Raises `UserError` where something else was there."""
     target = Path(target)
+    check_replaceable(target)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -274,6 +276,13 @@ def new_folder(target: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_replaceable(target: Path) -> None:
+    """Only a model, or what is left of links to one, gives way to another: raises `UserError` for other files."""
+    if target.is_dir() and not os.path.lexists(target / "config.json"):
+        for other in (each for each in sorted(target.iterdir()) if not each.is_symlink()):
+            raise UserError(f"{target}: holds {other.name} and no model, which would be lost; name another folder")
 
 
 def write_base_index(checkpoint: Checkpoint) -> str:

@@ -10,12 +10,12 @@ views, so that a token more copies nothing.
 import copy
 import ctypes
 import operator
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -30,7 +30,6 @@ LINEARS = (
 )
 # The kernels take vectors of so many, and have no last part of one.
 WHOLE = 8
-HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks")
 # How many more places there are where one is missing, beside as many as there were.
 MORE_ROOM = 64
 
@@ -80,6 +79,10 @@ class OneToken:
         # What is replaced by another kind of module computes something else.
         self._kinds = kinds or [type(each) for each in decoder.modules()]
         self._layers: _Layers | None = None
+        # When the decoder was last looked at, which takes a twentieth of a token's time: once after what went through
+        # Python, such as a prompt, and once after a hook was registered anywhere.
+        self._looked_at: tuple[int, bool] | None = None
+        self._usable = False
         # Of each cache what its keys and values are views of, and these as it was given them.
         self._memories: WeakKeyDictionary[DynamicCache, tuple[Tensor, list[Tensor]]] = WeakKeyDictionary()
 
@@ -91,6 +94,7 @@ class OneToken:
         seen = one and self._is_all(others) and (attention_mask is None or _sees_all(attention_mask))
         if seen and self._can_step(len(past_key_values.layers)):
             return self._step(input_ids, past_key_values, others.get("position_ids"))
+        self._looked_at = None
         call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         return self._own(self._decoder, **call, **others)
 
@@ -122,10 +126,13 @@ class OneToken:
 
     def _can_step(self, layers: int) -> bool:
         """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do."""
-        if self._layers is None or not self._layers.are_those_of_the_decoder():
-            same = [type(each) for each in self._decoder.modules()] == self._kinds
-            self._layers = _Layers(self._decoder) if same and _fits(self._decoder) else None
-        return self._layers is not None and layers == len(self._layers.parameters) and not self._layers.need_python()
+        now = RemovableHandle.next_id, torch.is_grad_enabled()
+        if self._looked_at != now:
+            if self._layers is None or not self._layers.are_those_of_the_decoder():
+                same = [type(each) for each in self._decoder.modules()] == self._kinds
+                self._layers = _Layers(self._decoder) if same and _fits(self._decoder) else None
+            self._looked_at, self._usable = now, self._layers is not None and not self._layers.need_python()
+        return self._usable and layers == len(self._layers.parameters)
 
     def _step(self, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None) -> BaseModelOutputWithPast:
         known = cache.layers[0].keys.shape[2]
@@ -167,47 +174,38 @@ class OneToken:
 
 
 class _Layers:
-    """What C++ is told of a decoder's layers, and how to know that these are still as they were: at every token, so the
-    dicts are held that modules keep theirs in."""
+    """What C++ is told of a decoder's layers, and how to know that these are still as they were."""
 
     def __init__(self, decoder: nn.Module):
-        modules = list(decoder.modules())
-        self._modules = [each._modules for each in modules if each._modules]
-        self._children = self._all_children()
-        # Their attributes: one more is, for one, a `forward` of their own.
-        self._attributes = list(map(vars, modules[1:]))
-        self._counts = list(map(len, self._attributes))
+        self._decoder = decoder
+        self._modules = list(decoder.modules())
         self._embedding = decoder.embed_tokens
         # Held, since the kernels know addresses only.
         self._multiplies = [[layer.get_submodule(name).multiply for name in LINEARS] for layer in decoder.layers]
-        self._norms: list[dict[str, nn.Parameter]] = []
+        self._norms: list[nn.Module] = []
         self._weights: list[Tensor] = []
         self.norm = self._address(decoder.norm)
         layers = zip(decoder.layers, self._multiplies, strict=True)
         self.parameters = (_DecoderLayer * len(decoder.layers))(
             *(self._parameters(layer, multiplies, decoder.config) for layer, multiplies in layers)
         )
-        self._addresses = [each.data_ptr() for each in self._weights]
-        self._is_ours = not any("forward" in each for each in self._attributes) and all(
-            each.dtype == torch.bfloat16 and each.is_contiguous() for each in self._weights
-        )
 
     def are_those_of_the_decoder(self) -> bool:
-        """Whether no module, no weight of a norm and no `forward` has been replaced."""
-        addresses = [norm["weight"].data_ptr() for norm in self._norms if "weight" in norm]
-        same = addresses == self._addresses and self._all_children() == self._children
-        return same and list(map(len, self._attributes)) == self._counts
+        """Whether no module, and no weight of a norm, has been replaced."""
+        addresses = [norm.weight.data_ptr() for norm in self._norms]
+        same = addresses == [weight.data_ptr() for weight in self._weights]
+        return same and list(self._decoder.modules()) == self._modules
 
     def need_python(self) -> bool:
-        """Whether somebody listens to a module, wants gradients, or has made it compute in another type."""
-        weights = self._embedding.weight, *(norm["weight"] for norm in self._norms)
-        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        hooks = chain.from_iterable(map(HOOKS, self._attributes))
-        heard = any(hooks) or _global_forward_hooks or _global_forward_pre_hooks
-        return bool(trained or heard or not self._is_ours or weights[0].dtype != torch.bfloat16)
-
-    def _all_children(self) -> list[nn.Module]:
-        return list(chain.from_iterable(map(dict.values, self._modules)))
+        """Whether somebody listens to a module, has replaced its `forward`, wants gradients, or has changed types."""
+        weights = self._embedding.weight, *(norm.weight for norm in self._norms)
+        if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
+            return True
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return True
+        inside = self._modules[1:]
+        heard = any(each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each) for each in inside)
+        return bool(heard or _global_forward_hooks or _global_forward_pre_hooks)
 
     def _parameters(self, layer: nn.Module, multiplies: list[CpuMultiply], config: PretrainedConfig) -> _DecoderLayer:
         attention = layer.self_attn
@@ -227,7 +225,7 @@ class _Layers:
     def _address(self, norm: nn.Module | None) -> int | None:
         if norm is None:
             return None
-        self._norms.append(norm._parameters)
+        self._norms.append(norm)
         self._weights.append(norm.weight.detach())
         return self._weights[-1].data_ptr()
 
