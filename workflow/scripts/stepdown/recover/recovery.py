@@ -125,7 +125,7 @@ def _text_reaches_all(model: nn.Module, tokens: Tensor) -> bool:
     that is trained by itself. Processes would wait for the gradients of these."""
     # Only who took part in it is asked, so nothing is held for the way back.
     with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
-        logits = model.eval()(input_ids=tokens, use_cache=False).logits
+        logits = model.eval()(input_ids=tokens).logits
     nodes, seen = [logits.grad_fn], set()
     while nodes:
         node = nodes.pop()
