@@ -15,6 +15,7 @@ from stepdown import text
 from stepdown.errors import UserError
 from stepdown.files import fitting
 from stepdown.plan import preflight
+from stepdown.plan.block_size import check_block
 from stepdown.plan.compressions import check_step
 
 ROOT = Path(__file__).parents[2]
@@ -211,9 +212,9 @@ def test_a_target_that_cannot_be(changes, told):
 
 
 def test_block_size_and_k():
-    preflight.check_block(4, 16)
-    assert "multiple of 4" in error_of(preflight.check_block, 18, 10)
-    assert "a block of 8x8 has 64 entries" in error_of(preflight.check_block, 8, 65)
+    check_block(4, 16)
+    assert "multiple of 4" in error_of(check_block, 18, 10)
+    assert "a block of 8x8 has 64 entries" in error_of(check_block, 8, 65)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

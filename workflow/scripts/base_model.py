@@ -7,7 +7,7 @@ from stepdown import cli
 from stepdown.models.checkpoint import write_base_index
 from stepdown.models.importing import import_model, tell_what_is_pruned
 from stepdown.models.tier_maps import dense_tier_map, write_tier_map
-from stepdown.plan.preflight import check_block
+from stepdown.plan.block_size import check_block
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import write_json
-from stepdown.plan.preflight import check_block
+from stepdown.plan.block_size import check_block
 from stepdown.plan.runs import FORM, PATTERNS, parse_run
 from stepdown.prune.calibration import open_model, read_windows
 from stepdown.prune.layer_sparsity import LayerOptions

@@ -18,6 +18,7 @@ from ..files import (
     safetensors_header,
     weight_files,
 )
+from .block_size import check_block
 from .gguf_header import is_gguf, read_gguf_header
 from .gpus import memory_of_gpus, visible_gpus
 from .model_files import check_model
@@ -32,7 +33,6 @@ SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evalu
 PARQUET, BEGINNING = b"PAR1", 1 << 16
 
 PACKED_BLOCK_SIZE = 16
-BLOCK_KEYS = "config key pruning.block_size", "config key pruning.k"
 
 # The JSON Schema of the configuration, for people.
 TYPE_WORDS = {
@@ -208,15 +208,6 @@ def check_links(step: Path) -> None:
                 f"{link}: links to {os.readlink(link)}, which is not there; was the project or the model moved? "
                 f"Delete {made}, and the model is linked anew"
             )
-
-
-def check_block(block_size: int, k: int, names: tuple[str, str] = BLOCK_KEYS) -> None:
-    """A block holds whole groups of four inputs and at least the k entries that TopK keeps; names: of both."""
-    if block_size % 4:
-        raise UserError(f"{names[0]}: found {block_size}; write a multiple of 4 such as 16")
-    if k > block_size**2:
-        entries = f"a block of {block_size}x{block_size} has {block_size**2} entries"
-        raise UserError(f"{names[1]}: found {k}; {entries}, write at most that")
 
 
 def check_target(pruning: dict) -> None:
