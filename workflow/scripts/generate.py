@@ -21,15 +21,14 @@ def main(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1 or not arguments.prompt:
         raise UserError("--tokens must be 1 or more, and --prompt must not be empty")
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    prompt = tokenizer(SURROGATE.sub("\ufffd", arguments.prompt), return_tensors="pt")
+    check_length("--prompt with --tokens", prompt["input_ids"].shape[1] + arguments.tokens, arguments.model)
     options = {"device": arguments.device, "trust_remote_code": arguments.trust_remote_code}
     texts = {}
     # One after the other, so that only one of them is in memory.
     for name, kernel in (("packed", arguments.kernel), ("dense in torch", "torch")):
         model = load_packed(arguments.model, kernel, **options)
-        tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
-        prompt = tokenizer(SURROGATE.sub("\ufffd", arguments.prompt), return_tensors="pt")
-        length = prompt["input_ids"].shape[1] + arguments.tokens
-        check_length("--prompt with --tokens", length, arguments.model)
         tokens, speed = continue_prompt(model, prompt, arguments.tokens)
         texts[name] = tokenizer.decode(tokens, skip_special_tokens=True)
         if len(texts) == 1:

@@ -209,18 +209,26 @@ def build_empty(folder: Path | str, trust_remote_code: bool = False, dtype: torc
     dtype: see `open_decoder`.
     """
     # Imported here: what only reads checkpoints should not wait seconds for it.
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, PretrainedConfig
-    from transformers.initialization import no_init_weights
 
     from .loading import build_model
 
     def build(config: PretrainedConfig) -> nn.Module:
         options = {"trust_remote_code": trust_remote_code} | ({"dtype": dtype} if dtype else {})
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with without_weights():
             return AutoModelForCausalLM.from_config(config, **options)
 
     return build_model(folder, build, trust_remote_code)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built here have their parameters on the meta device, and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
 
 
 def types_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

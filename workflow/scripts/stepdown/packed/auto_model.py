@@ -13,16 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.initialization import no_init_weights
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import UserError
 from ..models.checkpoint import REST
+from ..models.decoder import without_weights
 from ..models.linears import replace_module
 from ..registration import QUANT_METHOD
 from .folder import read_index
@@ -105,7 +104,7 @@ class PackedQuantizer(HfQuantizer):
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a model without weights has of its own, by the configuration it was built with."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    with without_weights():
         yield from type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).named_buffers()
 
 
