@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,19 @@ def test_a_layer_put_aside_is_let_go_of_before_the_next_is_made(model, tmp_path)
         write(layer)
         assert held() is None
     assert not Checkpoint(tmp_path / "zeroed").tensors([name])[name].any()
+
+
+def test_what_a_killed_job_put_aside_goes_with_the_next(model, tmp_path):
+    """Killed with -9: nothing of its own could clear it away."""
+    source = Checkpoint(model)
+    for end in (KeyboardInterrupt, None):
+        (tmp_path / "target.layers").mkdir(exist_ok=True)
+        (tmp_path / "target.layers/7.safetensors").write_text("left")
+        with pytest.raises(end) if end else nullcontext(), rewriting_layers(source, tmp_path / "target", IDENTITY):
+            if end:
+                raise end
+        assert not (tmp_path / "target.layers").exists()
+    assert Checkpoint(tmp_path / "target").names == source.names
 
 
 def test_every_type_is_read_as_it_was_stored(model, tmp_path):

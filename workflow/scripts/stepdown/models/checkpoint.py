@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -361,11 +360,15 @@ def rewriting_layers(
 
 @contextmanager
 def waiting_beside(target: Path | str) -> Iterator[Path]:
-    """A folder beside a checkpoint to be, where layers wait on disk until the last is known; gone at the end."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as waiting:
-        yield Path(waiting)
+    """A folder beside a checkpoint to be, where layers wait on disk until the last is known; gone at the end, and what
+    a job that was killed has left of it before."""
+    waiting = Path(target).with_name(f"{Path(target).name}.layers")
+    shutil.rmtree(waiting, ignore_errors=True)
+    waiting.mkdir(parents=True)
+    try:
+        yield waiting
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
 
 
 def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:

@@ -144,10 +144,10 @@ def visit_backwards(walk: LayerWalk, summed: bool = False) -> Iterator[LoadedLay
     """The layers from the last to the first; to replay one carries the gradients of the loss back through it.
 
     The loss is the mean one of a batch, or `summed` over its tokens. Of a layer's parameters, only those that `gather`
-    sets to require gradients get any. The states before each layer wait on disk for the way back, so that one layer is
-    in memory there too.
+    sets to require gradients get any. The states before each layer wait on disk, in TMPDIR, for the way back, so that
+    one layer is in memory there too.
     """
-    with TemporaryDirectory() as waiting:
+    with TemporaryDirectory(prefix="stepdown-states-") as waiting:
         for layer in visit(walk, "forward"):
             states = {str(number): state.cpu() for number, state in enumerate(walk.states)}
             save_tensors(states, Path(waiting) / f"{layer.place}.safetensors", {})
