@@ -515,7 +515,34 @@ def test_a_text_in_another_form(tmp_path, name, content, told):
 
 def test_a_character_may_lie_across_the_end_of_what_is_looked_at(tmp_path):
     (tmp_path / "a.txt").write_text("x" * (preflight.BEGINNING - 1) + "é")
-    preflight.check_text("here", str(tmp_path / "a.txt"), ("test",), 8)
+    preflight.check_text("here", str(tmp_path / "a.txt"), ("train",), 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"content": "some text", "id": 3}\n', "a.jsonl has no string under 'text', only content, id; rename its key"),
+        ('{"text": null}\n', "has no string under 'text', only text"),
+        ('\n["some text", "more"]\n', "has no string under 'text', only list"),
+        ('[\n{"text": "some text"}\n]', "a.jsonl is not JSON (Expecting value"),
+    ],
+)
+def test_the_first_row_is_looked_at(tmp_path, content, told):
+    (tmp_path / "a.jsonl").write_text(content)
+    assert told in error_of(preflight.check_text, "here", str(tmp_path / "a.jsonl"), ("train",), 8)
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n')
+    preflight.check_text("here", str(tmp_path / "a.jsonl"), ("train",), 8)
+
+
+def test_a_text_that_cannot_be_cut_between_lines(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("word " * 100 + "\n\n")
+    assert "a.txt has 1 lines with text, of which no train" in error_of(
+        preflight.check_text, "here", str(file), ("train", "valid"), 8
+    )
+    preflight.check_text("here", {"train": str(file), "valid": str(file)}, ("train", "valid"), 8)
+    file.write_bytes(b"word \r" * 100)
+    preflight.check_text("here", str(file), ("train", "valid"), 8)
 
 
 def test_a_name_that_is_no_text_stands_in_no_result():
@@ -539,7 +566,7 @@ def test_a_text_evaluated_twice(texts):
 
 def test_a_complete_configuration_is_checked_against_what_it_names(model, tmp_path):
     file = tmp_path / "some.txt"
-    file.write_text("word " * 100)
+    file.write_text("word\n" * 100)
     small = {"sequence_length": 64}
     config = complete(
         {"model": str(model), "calibration": small, "recovery": {**small, "text": str(file)}, "evaluation": small}

@@ -3,6 +3,8 @@ but for `complete_config`, which Snakemake's own environment runs."""
 
 import codecs
 import difflib
+import itertools
+import json
 import math
 import os
 import re
@@ -298,6 +300,10 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
             raise UserError(f"{where}: {path} ends in none of {', '.join(TEXT_ENDINGS)}; give it the right ending")
         check_not_pointer(path)
         check_form(where, path)
+        if path.suffix == ".jsonl":
+            check_first_row(where, path)
+        elif isinstance(text, str) and splits != ("train",) and path.suffix != ".parquet":
+            check_lines(where, path)
         size = path.stat().st_size
         # A token takes at least one byte of text; parquet is compressed, so its size says nothing.
         if size < sequence_length and path.suffix != ".parquet":
@@ -320,6 +326,28 @@ def check_form(where: str, path: Path) -> None:
         codecs.getincrementaldecoder("utf-8")().decode(begin)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: {path} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+
+
+def check_first_row(where: str, path: Path) -> None:
+    """The others are likely to be as the first one is."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: the first row of {path} is not JSON ({error}); write an object a line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        found = (", ".join(row) or "nothing") if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{where}: the first row of {path} has no string under 'text', only {found}; rename its key")
+
+
+def check_lines(where: str, path: Path) -> None:
+    """A text that is cut into splits is cut between lines: there must be one for each."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = len(list(itertools.islice(filter(str.strip, file), 3)))
+    if lines < 3:
+        told = f"{path} has {lines} lines with text, of which no train, valid and test can be cut"
+        raise UserError(f"{where}: {told}; break them, or name a file for each")
 
 
 def check_name(where: str, name: str) -> None:
