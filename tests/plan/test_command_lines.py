@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepdown.plan.command_lines import flags, one_schedule_options, recovery_options, text_words
+from stepdown.plan.command_lines import flags, one_schedule_options, passing_on_options, recovery_options, text_words
 from stepdown.plan.schedule import Row
 
 RECOVERY = {
@@ -39,6 +39,12 @@ def test_who_an_option_belongs_to_is_told_it():
     lora = recovery_options(RECOVERY | {"method": "lora"}, "results/iter1", None, {"warmup_steps": 0})
     own = {"method": "lora", "warmup_steps": 0, "lora_rank": 4, "output_adapter": "results/iter1/adapter"}
     assert lora == plain | own
+
+
+def test_without_epochs_only_moments_are_handed_on():
+    moments = {"optimizer": "a", "output_optimizer": "b"}
+    told = passing_on_options(RECOVERY | {"sequence_length": 8}, {"warmup_steps": 0, **moments})
+    assert told == {"sequence_length": 8, **moments}
 
 
 @pytest.mark.parametrize(

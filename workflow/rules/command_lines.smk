@@ -97,6 +97,8 @@ def recovery_words(wildcards, results, teacher):
     one_schedule = {}
     if recovery["one_schedule"] and step.startswith("iter"):
         one_schedule = command_lines.one_schedule_options(SCHEDULE, row(step), recovery["method"], results)
+    if epochs(wildcards) == 0:
+        return flags(command_lines.passing_on_options(recovery, one_schedule))
     return flags(command_lines.recovery_options(recovery, f"{results}/{step}", teacher, one_schedule))
 
 

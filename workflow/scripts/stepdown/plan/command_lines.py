@@ -39,6 +39,12 @@ def recovery_options(recovery: dict, step_folder: str, teacher: str | None, one_
     return options
 
 
+def passing_on_options(recovery: dict, one_schedule: dict) -> dict:
+    """What a step of no epochs is told, which is passed on as it is: no setting of a training, which would rerun it."""
+    moments = {key: file for key, file in one_schedule.items() if key in ("optimizer", "output_optimizer")}
+    return {"sequence_length": recovery["sequence_length"], **moments}
+
+
 def one_schedule_options(schedule: list[Row], row: Row, method: str, results: str) -> dict:
     """One schedule over the iterations: the first warms up, the last comes down, and the optimizer goes on in between.
 
