@@ -58,6 +58,12 @@ def test_rotation_alone_leaves_the_logits_as_they_were(family, changes, tmp_path
     torch.testing.assert_close(logits(rotated), logits(load(folder)), rtol=0, atol=1e-4)
 
 
+def test_a_sliced_model_is_not_saved_in_another_form(tmp_path):
+    sliced = load_whole(cut(make_model("llama", tmp_path / "model"), 32, tmp_path / "sliced"), "cpu")
+    with pytest.raises(UserError, match="a sliced model is not saved anew"):
+        sliced.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(("family", "changes"), SLICED)
 def test_a_sliced_model_is_smaller_and_loads_again(family, changes, tmp_path):
     folder = with_uneven_norms(make_model(family, tmp_path / "model", **changes))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..cli import progress
+from ..cli import log, progress
 from ..errors import UserError
 from ..plan.gguf_families import gguf_architecture
 from .decoder import Decoder, open_decoder
@@ -38,7 +38,7 @@ def export_gguf(folder: Path, file: Path, values: str) -> None:
     """Write the model and the tokenizer of a folder as a GGUF file, one tensor in memory at a time.
 
     values: one of `VALUES`. Vectors are float32, and in Q8_0 a matrix whose rows are no whole blocks of 32 is bf16.
-    Raises `UserError` for a family or a tokenizer that cannot be written, and leaves nothing half-written.
+    Raises `UserError` for a family, a tokenizer or sizes that cannot be written, and leaves nothing half-written.
     """
     architecture = gguf_architecture(folder)
     decoder = open_decoder(folder, "cpu")
@@ -50,7 +50,9 @@ def export_gguf(folder: Path, file: Path, values: str) -> None:
         add_configuration(writer, decoder.model.config, architecture)
         writer.add_file_type(file_type)
         add_tokenizer(writer, folder, rows=decoder.model.config.vocab_size)
-        _write(writer, list(_entries(decoder, architecture, kind)))
+        entries = list(_entries(decoder, architecture, kind))
+        check_kind(entries, kind, folder)
+        _write(writer, entries)
         writer.close()
         os.replace(partial, file)
     except BaseException:
@@ -84,6 +86,16 @@ def _entries(decoder: Decoder, architecture: str, kind: gguf.GGMLQuantizationTyp
             return in_rotary_order(name, checkpoint.tensors([stored])[stored], config, architecture)
 
         yield Entry(own, shape, stored_as, read)
+
+
+def check_kind(entries: list[Entry], kind: gguf.GGMLQuantizationType, folder: Path) -> None:
+    """Says what of the matrices is not of the kind that was asked for; raises `UserError` where none is."""
+    others = [entry for entry in entries if len(entry.shape) > 1 and entry.kind != kind]
+    if others and not any(entry.kind == kind for entry in entries):
+        raise UserError(f"{folder}: no matrix has rows of whole blocks of 32, as {kind.name} has them; write bf16")
+    if others:
+        first, row = others[0].name, others[0].shape[-1]
+        log.warning("%d matrices stay bf16: their rows are no whole blocks of 32, as %s of %d", len(others), first, row)
 
 
 def _write(writer: gguf.GGUFWriter, entries: list[Entry]) -> None:

@@ -118,7 +118,9 @@ def as_sliced_layer_(layer: nn.Module, form: Form, full_width: int, width: int) 
 
 
 def as_sliced_(model: nn.Module, layers: nn.ModuleList, width: int) -> None:
-    """Give a model on the meta device the form that `width` of its hidden size makes of it."""
+    """Give a model on the meta device the form that `width` of its hidden size makes of it, which `save_pretrained`
+    has no words for."""
+    model.save_pretrained = _refuse_to_save
     form, full_width = form_of(model), model.config.hidden_size
     # A shift that a norm adds becomes a bias of those that read from it.
     shifted = getattr(model.get_submodule(form.final_norm), "bias", None) is not None
@@ -146,6 +148,10 @@ def add_matrices_to_tied_(model: nn.Module, form: Form, width: int, shifted: boo
         centre = nn.Linear(width, width, bias=False, device="meta", dtype=model.dtype)
         parent, _, own = form.centring.rpartition(".")
         setattr(model.get_submodule(parent), own, centre)
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise UserError("a sliced model is not saved anew: no loader would know its form; copy its folder")
 
 
 def read_width(folder: Path | str) -> int | None:
