@@ -7,7 +7,8 @@ import torch
 from test_kernels import available, relative_error
 from three_tiers import random_three_tier
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stepdown.errors import UserError
 from stepdown.models.linears import replace_module
@@ -188,10 +189,27 @@ def negate_mlp(model):
     mlp.forward = lambda states: -own(states)
 
 
+def use_other_attention(model):
+    def doubled(module, query, key, value, mask, **others):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, 2 * value, mask, **others)
+
+    AttentionInterface.register("doubled", doubled)
+    model.set_attn_implementation("doubled")
+
+
+def scale_queries(model):
+    model.model.layers[0].self_attn.scaling *= 3
+
+
+def widen_epsilon(model):
+    model.model.layers[1].input_layernorm.variance_epsilon = 100.0
+
+
+SEEN_AT_EVERY_TOKEN = use_other_attention, scale_queries, widen_epsilon
 CHANGES = double_norms, steer, drop_mlp, copy_norm, drop_norm, parametrize_norm, use_relu, use_layer_norm, negate_mlp
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, *SEEN_AT_EVERY_TOKEN])
 @pytest.mark.parametrize("begun", [False, True])
 def test_what_is_changed_later_is_seen(change, begun, kernel):
     model = quickened(model_of("llama", kernel))
@@ -200,6 +218,42 @@ def test_what_is_changed_later_is_seen(change, begun, kernel):
     change(model)
     found, expected = logits_of(model, TOKENS, 3), logits_of(slow(model), TOKENS, 3)
     assert relative_error(found, expected.double()) < NEAR
+
+
+@pytest.mark.parametrize("change", SEEN_AT_EVERY_TOKEN)
+def test_what_is_changed_between_two_tokens_is_seen(change, kernel):
+    model = quickened(model_of("llama", kernel))
+    found = []
+    for each in (model, slow(copy.deepcopy(model))):
+        cache = each(TOKENS[:, :3], use_cache=True).past_key_values
+        each(TOKENS[:, 3:4], past_key_values=cache)
+        change(each)
+        found.append(each(TOKENS[:, 4:5], past_key_values=cache).logits[0])
+    assert relative_error(found[0], found[1].double()) < NEAR
+
+
+def test_what_is_not_known_is_left_to_the_decoder(kernel):
+    """Embeddings beside a token, and arguments by position, in the order of the family."""
+    model = quickened(model_of("llama", kernel))
+    cache = model.model(TOKENS[:, :3], None, TOKENS[:, 2:5], use_cache=True).past_key_values
+    expected = slow(copy.deepcopy(model)).model(TOKENS[:, :3], position_ids=TOKENS[:, 2:5]).past_key_values
+    assert torch.equal(cache.layers[1].keys, expected.layers[1].keys)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(TOKENS[:, 3:4], past_key_values=cache, inputs_embeds=model.model.embed_tokens(TOKENS[:, 3:4]))
+    model.model(TOKENS[:, 3:4], None, torch.tensor([[3]]), cache)
+    assert cache.get_seq_length() == 4
+
+
+def test_it_stays_in_cpp_after_hidden_states_were_asked_for(monkeypatch, kernel):
+    """transformers leaves hooks on every layer then."""
+    model = quickened(model_of("llama", kernel))
+    cache = model(TOKENS[:, :3], use_cache=True, output_hidden_states=True).past_key_values
+    assert model.model.layers[0]._forward_hooks
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", None)
+    model(TOKENS[:, 3:4], past_key_values=cache)
+    assert cache.get_seq_length() == 4
+    with pytest.raises(TypeError):
+        model(TOKENS[:, 4:5], past_key_values=cache, output_hidden_states=True)
 
 
 def times_three(layer):

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import output_capturing
 
 from .cpu import CpuMultiply, compiled_kernels
 
@@ -28,6 +29,8 @@ LINEARS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+# The one of transformers that is computed here, to all tokens before.
+ATTENTION = "sdpa"
 # The kernels take vectors of so many, and have no last part of one.
 WHOLE = 8
 # How many more places there are where one is missing, beside as many as there were.
@@ -49,7 +52,7 @@ def quicken_decoding(model: nn.Module) -> bool:
     """Have a model's decoder compute single tokens in C++, if it is of a kind that is known, all its linears are packed
     for the CPU, and attention is torch's own, to all tokens before; returns whether it is."""
     config, decoder = model.config, model.base_model
-    if config.model_type not in FAMILIES or config._attn_implementation != "sdpa" or config.hidden_act != "silu":
+    if config.model_type not in FAMILIES or config._attn_implementation != ATTENTION or config.hidden_act != "silu":
         return False
     if getattr(config, "sliding_window", None) is not None or not _fits(decoder):
         return False
@@ -80,8 +83,8 @@ class OneToken:
         self._kinds = kinds or [type(each) for each in decoder.modules()]
         self._layers: _Layers | None = None
         # When the decoder was last looked at, which takes a twentieth of a token's time: once after what went through
-        # Python, such as a prompt, and once after a hook was registered anywhere.
-        self._looked_at: tuple[int, bool] | None = None
+        # Python, such as a prompt, and once after a hook was registered anywhere or attention became another.
+        self._looked_at: tuple[int, bool, str] | None = None
         self._usable = False
         # Of each cache what its keys and values are views of, and these as it was given them.
         self._memories: WeakKeyDictionary[DynamicCache, tuple[Tensor, list[Tensor]]] = WeakKeyDictionary()
@@ -89,14 +92,23 @@ class OneToken:
     def __deepcopy__(self, memo: dict) -> "OneToken":
         return OneToken(copy.deepcopy(self._decoder, memo), self._kinds)
 
-    def __call__(self, input_ids: Tensor | None = None, attention_mask=None, past_key_values=None, **others):
-        one = input_ids is not None and input_ids.shape == (1, 1) and self._is_plain(past_key_values)
-        seen = one and self._is_all(others) and (attention_mask is None or _sees_all(attention_mask))
-        if seen and self._can_step(len(past_key_values.layers)):
-            return self._step(input_ids, past_key_values, others.get("position_ids"))
+    def __call__(self, input_ids: Tensor | None = None, *positional, **named):
+        if not positional and self._is_one_token(input_ids, **named):
+            cache = named["past_key_values"]
+            if self._can_step(len(cache.layers)):
+                return self._step(input_ids, cache, named.get("position_ids"))
         self._looked_at = None
-        call = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
-        return self._own(self._decoder, **call, **others)
+        return self._own(self._decoder, input_ids, *positional, **named)
+
+    def _is_one_token(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None, **others
+    ) -> bool:
+        """Whether one token is to be seen with all before it, and nothing that is not known here is given."""
+        one = input_ids is not None and input_ids.shape == (1, 1)
+        if not one or (position_ids is not None and position_ids.shape != (1, 1)):
+            return False
+        seen = attention_mask is None or _sees_all(attention_mask)
+        return seen and self._asks_for_no_more(others) and self._is_plain(past_key_values)
 
     def _is_plain(self, cache) -> bool:
         """Whether a cache keeps all of every layer's keys and values of one sequence, and has some."""
@@ -116,18 +128,16 @@ class OneToken:
         _, given = self._memories.get(cache, (None, []))
         return len(held) == len(given) and all(map(operator.is_, held, given))
 
-    def _is_all(self, others: dict) -> bool:
-        """Whether nothing but the last hidden states is asked for."""
+    def _asks_for_no_more(self, others: dict) -> bool:
+        """Whether nothing but the last hidden states is asked for, and nothing else given."""
         config = self._decoder.config
-        more = (
-            others.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
-        )
-        return not any(more) and others.get("return_dict", True)
+        asked = {name: getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")} | others
+        return asked.pop("return_dict", True) and all(each is None or each is False for each in asked.values())
 
     def _can_step(self, layers: int) -> bool:
         """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do."""
-        now = RemovableHandle.next_id, torch.is_grad_enabled()
-        if self._looked_at != now:
+        now = RemovableHandle.next_id, torch.is_grad_enabled(), self._decoder.config._attn_implementation
+        if self._looked_at != now or (self._usable and not self._layers.have_the_same_numbers()):
             if self._layers is None or not self._layers.are_those_of_the_decoder():
                 same = [type(each) for each in self._decoder.modules()] == self._kinds
                 self._layers = _Layers(self._decoder) if same and _fits(self._decoder) else None
@@ -182,6 +192,7 @@ class _Layers:
         self._embedding = decoder.embed_tokens
         # Held, since the kernels know addresses only.
         self._multiplies = [[layer.get_submodule(name).multiply for name in LINEARS] for layer in decoder.layers]
+        self._attentions = [layer.self_attn for layer in decoder.layers]
         self._norms: list[nn.Module] = []
         self._weights: list[Tensor] = []
         self.norm = self._address(decoder.norm)
@@ -189,22 +200,33 @@ class _Layers:
         self.parameters = (_DecoderLayer * len(decoder.layers))(
             *(self._parameters(layer, multiplies, decoder.config) for layer, multiplies in layers)
         )
+        self._numbers = self._read_numbers()
+
+    def _read_numbers(self) -> tuple[list[float], list[float]]:
+        return [norm.variance_epsilon for norm in self._norms], [each.scaling for each in self._attentions]
+
+    def have_the_same_numbers(self) -> bool:
+        """Whether nobody has set an attribute whose number C++ was told; cheap enough for every token."""
+        return self._read_numbers() == self._numbers
 
     def are_those_of_the_decoder(self) -> bool:
-        """Whether no module, and no weight of a norm, has been replaced."""
+        """Whether no module, no weight of a norm, and no number has been replaced."""
         addresses = [norm.weight.data_ptr() for norm in self._norms]
         same = addresses == [weight.data_ptr() for weight in self._weights]
-        return same and list(self._decoder.modules()) == self._modules
+        return same and self.have_the_same_numbers() and list(self._decoder.modules()) == self._modules
 
     def need_python(self) -> bool:
-        """Whether somebody listens to a module, has replaced its `forward`, wants gradients, or has changed types."""
+        """Whether somebody listens to a module, has replaced its `forward`, wants gradients, or has changed types,
+        attention, or the epsilon of some norms."""
+        if self._decoder.config._attn_implementation != ATTENTION or len(set(self._numbers[0])) > 1:
+            return True
         weights = self._embedding.weight, *(norm.weight for norm in self._norms)
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             return True
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return True
         inside = self._modules[1:]
-        heard = any(each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each) for each in inside)
+        heard = any(_is_heard(each) or each._forward_pre_hooks or "forward" in vars(each) for each in inside)
         return bool(heard or _global_forward_hooks or _global_forward_pre_hooks)
 
     def _parameters(self, layer: nn.Module, multiplies: list[CpuMultiply], config: PretrainedConfig) -> _DecoderLayer:
@@ -215,7 +237,7 @@ class _Layers:
             attention.k_proj.out_features // attention.head_dim,
             attention.head_dim,
             multiplies[0].avx512,
-            config.rms_norm_eps,
+            layer.input_layernorm.variance_epsilon,
             attention.scaling,
             *(ctypes.addressof(multiply.matrix) for multiply in multiplies),
             *map(self._address, (layer.input_layernorm, layer.post_attention_layernorm)),
@@ -232,6 +254,13 @@ class _Layers:
 
 def _keys_and_values(cache: DynamicCache) -> list[Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether a module has hooks but those that transformers leaves for good once hidden states or attentions were
+    asked for: they record nothing unless a call asks again, and that call goes through Python."""
+    hooks = module._forward_hooks.values()
+    return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
 
 
 def _sees_all(mask) -> bool:
