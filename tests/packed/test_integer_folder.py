@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stepdown  # noqa: F401
 from stepdown.errors import UserError
+from stepdown.models.checkpoint import Checkpoint
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.linears import computes_as_linear
 from stepdown.packed.folder import read_index, read_shard, sha256, write_packed
@@ -230,27 +231,38 @@ def test_parts_that_do_not_fit_are_refused_even_with_the_right_hash(bundled, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_a_weight_that_is_not_finite(tmp_path):
-    checkpoint, tier_map = prune_by_magnitude(make_model("llama", tmp_path / "base"), tmp_path)
-    shard = tmp_path / "model/model.layers.1.safetensors"
-    tensors = load_file(shard)
-    name = next(name for name in tensors if name.endswith("up_proj.weight"))
-    tensors[name][tensors[name] != 0] = torch.nan
-    save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(UserError, match="up_proj: a weight is NaN or infinite"):
-        write_packed(checkpoint, tier_map, "map", tmp_path / "packed", "int8")
-    assert not (tmp_path / "packed").exists()
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A tiny model in float32 and the folder it is in, with its map."""
+    folder = tmp_path_factory.mktemp("pruned")
+    return folder, prune_by_magnitude(make_model("llama", folder / "base"), folder)[1]
 
 
-def test_a_head_that_is_not_finite(tmp_path):
-    _, tier_map = prune_by_magnitude(make_model("llama", tmp_path / "base"), tmp_path)
-    tensors = load_file(tmp_path / "model/rest.safetensors")
-    tensors["lm_head.weight"][7, 7] = torch.inf
-    save_file(tensors, tmp_path / "model/rest.safetensors", {"format": "pt"})
-    decoder, windows = open_decoder(tmp_path / "model", "cpu"), torch.ones(1, 8, dtype=torch.int64)
-    with pytest.raises(UserError, match="lm_head: a weight is NaN or infinite"):
-        pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 1, "int8", tmp_path / "packed")
-    assert not (tmp_path / "packed").exists()
+LAYER = "model.layers.1.safetensors"
+NOT_FINITE = [
+    (LAYER, "model.layers.1.mlp.up_proj.weight", torch.nan),
+    (LAYER, "model.layers.1.input_layernorm.weight", torch.inf),
+    ("rest.safetensors", "model.norm.weight", torch.nan),
+    ("rest.safetensors", "model.embed_tokens.weight", torch.nan),
+    ("rest.safetensors", "lm_head.weight", torch.finfo(torch.float32).max),
+]
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8", "int4 by GPTQ"])
+@pytest.mark.parametrize(("shard", "name", "value"), NOT_FINITE)
+def test_a_value_that_is_not_finite(pruned, shard, name, value, values, tmp_path):
+    model, map_path = tmp_path / "model", pruned[0] / "tier_map.safetensors"
+    shutil.copytree(pruned[0] / "model", model)
+    tensors = load_file(model / shard)
+    tensors[name][tuple(tensors[name].nonzero()[0])] = value
+    save_file(tensors, model / shard, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} in bf16: a weight is NaN or infinite") as caught:
+        if values == "int4 by GPTQ":
+            windows = torch.ones(1, 8, dtype=torch.int64)
+            pack_calibrated(open_decoder(model, "cpu"), pruned[1], map_path, windows, 1, "int4", tmp_path / "packed")
+        else:
+            write_packed(Checkpoint(model), pruned[1], map_path, tmp_path / "packed", values)
+    assert str(model) in str(caught.value) and not (tmp_path / "packed").exists()
 
 
 def test_the_script(bundled, tmp_path):

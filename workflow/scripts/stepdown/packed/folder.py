@@ -63,7 +63,7 @@ def write_packed(
 
     values: one of `VALUES`; rounding: to whole numbers, by itself to nearest; head: if not given, it stays as it is.
     Returns the bytes of the packed matrices per weight, without the head. Raises `UserError` when the map is of another
-    checkpoint or block size, and leaves nothing half-written.
+    checkpoint or block size, and for values that are not finite, and leaves nothing half-written.
     """
     check_packable(checkpoint, tier_map, map_path)
     bits, sizes = VALUES[values], []
@@ -101,6 +101,13 @@ def check_packable(checkpoint: Checkpoint, tier_map: TierMap, map_path: Path | s
             f"{map_path}: blocks of {tier_map.block_size} with k {tier_map.k}; the packed format is for blocks of"
             f" {BLOCK_SIZE} with k from 1 to {BLOCK_SIZE**2}"
         )
+
+
+def check_finite_in_bf16(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises `UserError` if a value of a checkpoint is NaN, or infinite in what a packed model runs in."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            check_finite(folder, f"{name} in bf16", torch.stack(tensor.aminmax()).bfloat16())
 
 
 def is_packed(folder: Path | str) -> bool:
@@ -186,13 +193,13 @@ def _pack_shard(
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     """What is stored of one decoder layer, and [out, in] of its matrices; notes bytes and weights of each."""
     tensors = checkpoint.tensors(names)
+    check_finite_in_bf16(checkpoint.folder, tensors)
     linears = [name for name in (key.removesuffix(".weight") for key in names) if name in tier_map.tiers]
     shapes = {}
     for name in linears:
         weight, tiers = tensors.pop(f"{name}.weight"), tier_map.tiers[name]
         check_zeros(tier_map, name, weight, checkpoint.folder)
         if bits:
-            check_finite(checkpoint.folder, name, weight)
             matrix = pack_integers(weight, rounding(name, weight, tiers), tiers, tier_map.k, bits)
         else:
             matrix = pack(weight.bfloat16(), tiers, tier_map.k)

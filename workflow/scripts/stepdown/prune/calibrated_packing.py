@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..cli import log
-from ..models.checkpoint import check_finite, load_tensors, save_tensors, waiting_beside
+from ..models.checkpoint import load_tensors, save_tensors, waiting_beside
 from ..models.decoder import Decoder, head_name
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap, check_zeros
-from ..packed.folder import HEAD_BITS, VALUES, Head, check_packable, write_packed
+from ..packed.folder import HEAD_BITS, VALUES, Head, check_finite_in_bf16, check_packable, write_packed
 from ..tensors.block_rounding import Rounded, round_dense, round_in_blocks
 from .layerwise import change_layers
 from .statistics import accumulating_hessians
@@ -26,6 +26,9 @@ def pack_calibrated(
     packed matrices per weight. Raises `UserError` as `write_packed` does, and for weights that are not finite.
     """
     check_packable(decoder.checkpoint, tier_map, map_path)
+    # Also by `write_packed`, but after what takes long and would name another reason.
+    for names in decoder.checkpoint.shards().values():
+        check_finite_in_bf16(decoder.checkpoint.folder, decoder.checkpoint.tensors(names))
     with waiting_beside(target) as waiting:
         walk = LayerWalk(decoder, windows.split(batch_size))
         file_of = _round_layers(walk, tier_map, len(windows), VALUES[values], waiting)
@@ -45,7 +48,6 @@ def _round_layers(walk: LayerWalk, tier_map: TierMap, samples: int, bits: int, w
 
     def make(name: str, weight: Tensor, statistics: dict[str, Tensor | None]) -> Tensor:
         check_zeros(tier_map, name, weight.cpu(), decoder.checkpoint.folder)
-        check_finite(decoder.checkpoint.folder, name, weight)
         if (hessian := statistics["hessian"]) is None:
             log.warning("%s saw no token of the calibration text: rounded to nearest", name)
         rounded = round_in_blocks(weight, tier_map.tiers[name], bits, hessian, name)
@@ -70,7 +72,6 @@ def _round_head(walk: LayerWalk, samples: int) -> Head | None:
             pass
     stored = decoder.stored[f"{name}.weight"]
     weight = decoder.checkpoint.tensors([stored])[stored].to(decoder.device)
-    check_finite(decoder.checkpoint.folder, name, weight)
     others = [other for other, source in decoder.stored.items() if source == stored and other != f"{name}.weight"]
     rounded = round_dense(weight, HEAD_BITS, hessians.get(name), name)
     return Head(name if others else stored.removesuffix(".weight"), rounded, next(iter(others), None))
