@@ -246,6 +246,18 @@ def test_a_bias_the_model_has_not(packed):
     refused(packed, f"also hold {NAME}.bias")
 
 
+def test_a_weight_the_model_has_not(packed):
+    """As of Qwen3, whose attention has norms, beside the config.json of a Llama."""
+    rewrite_shard(packed, lambda tensors: tensors.update({"model.layers.2.self_attn.q_norm.weight": torch.ones(32)}))
+    refused(packed, "also hold model.layers.2.self_attn.q_norm.weight")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.norm.weight", f"{NAME}.weight"])
+def test_a_second_copy(packed, name):
+    rewrite_shard(packed, lambda tensors: tensors.update({name: torch.zeros(256)}))
+    refused(packed, f"{shard(packed).name}: holds {name}, which has no place")
+
+
 def test_a_loaded_model_is_not_saved_as_half_of_it(packed, tmp_path):
     with pytest.raises(UserError, match="copy the folder"):
         load_packed(packed).save_pretrained(tmp_path / "saved")
@@ -322,7 +334,19 @@ def test_a_missing_layer(packed):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    refused(tmp_path, "no packed.json")
+    refused(tmp_path, "no packed.json; give a folder that pack.py wrote$")
+    refused(tmp_path / "nowhere", "no such folder")
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_a_folder_of_packed_models(bundled, tmp_path, step):
+    """As where `bf16` was forgotten, or `packed/bf16`."""
+    for values in ("bf16", "int8"):
+        shutil.copytree(bundled[0] / "packed", tmp_path / "packed" / values)
+    folder = tmp_path if step else tmp_path / "packed"
+    finished = run("generate.py", "--model", folder, "--prompt", "Return")
+    assert finished.returncode == 1 and finished.stderr.count("\n") == 1
+    assert f"such as {tmp_path}/packed/bf16, {tmp_path}/packed/int8" in finished.stderr
 
 
 # ---------------------------------------------------------------- packing

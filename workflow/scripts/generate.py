@@ -12,6 +12,7 @@ from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import SURROGATE, check_length
 from stepdown.measure.speed import memory_of
+from stepdown.packed.folder import read_index
 from stepdown.packed.linear import KERNELS
 from stepdown.packed.model import load_packed
 
@@ -21,6 +22,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     if arguments.tokens < 1 or not arguments.prompt:
         raise UserError("--tokens must be 1 or more, and --prompt must not be empty")
+    # Of another folder only the tokenizer would be missed.
+    read_index(arguments.model)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     prompt = tokenizer(SURROGATE.sub("\ufffd", arguments.prompt), return_tensors="pt")
     check_length("--prompt with --tokens", prompt["input_ids"].shape[1] + arguments.tokens, arguments.model)

@@ -18,7 +18,16 @@ from torch import Tensor
 from ..cli import progress
 from ..errors import UserError
 from ..files import read_json_object, safetensors_header, write_json
-from ..models.checkpoint import REST, Checkpoint, check_finite, load_tensors, new_folder, save_tensors, side_files
+from ..models.checkpoint import (
+    REST,
+    Checkpoint,
+    check_finite,
+    load_tensors,
+    new_folder,
+    save_tensors,
+    shard_of,
+    side_files,
+)
 from ..models.tier_maps import TierMap, check_same_model, check_zeros
 from ..registration import QUANT_METHOD
 from ..tensors.block_rounding import Rounded, round_in_blocks
@@ -118,7 +127,10 @@ def read_index(folder: Path) -> dict:
     """What packed.json says; raises `UserError` unless it is there, of this version, and names files that are there."""
     path = folder / INDEX_NAME
     if not is_packed(folder):
-        raise UserError(f"{folder}: no {INDEX_NAME}; give a folder that pack.py wrote")
+        found = f"no {INDEX_NAME}" if folder.is_dir() else "no such folder"
+        inside = [*folder.glob(f"*/{INDEX_NAME}"), *folder.glob(f"packed/*/{INDEX_NAME}")]
+        such_as = f", such as {', '.join(sorted(str(path.parent) for path in inside))}" if inside else ""
+        raise UserError(f"{folder}: {found}; give a folder that pack.py wrote{such_as}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         found, files = index["format"], list(index["sha256"].items())
@@ -161,6 +173,10 @@ def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, Pa
             raise UserError(f"{path}: {part.args[0]} is missing; pack it again") from None
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}; pack it again") from None
+    for name in sorted(tensors):
+        linear, _, part = name.rpartition(".")
+        if f"{shard_of(name)}.safetensors" != path.name or (linear in matrices and part != "bias"):
+            raise UserError(f"{path}: holds {name}, which has no place in this file; pack it again")
     return tensors, matrices
 
 

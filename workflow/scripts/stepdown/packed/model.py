@@ -1,5 +1,7 @@
 """A packed folder as a Hugging Face model whose linears run packed."""
 
+import re
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,7 +99,7 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     of_matrices = {f"{name}.{part}" for name in matrices for part in ("weight", "bias") if shard_of(name) != REST}
     unused = shapes.keys() - used
     beside = beside_layers(unused, used, model._keys_to_ignore_on_load_unexpected)
-    for name in sorted({*beside, *(of_matrices & unused)}):
+    for name in sorted({*beside, *_weights_in_layers(model, unused, used), *(of_matrices & unused)}):
         raise UserError(f"{folder}: the files also hold {name}, for which config.json has no place; pack it again")
     linears: dict[str, str] = {}
     unpacked: dict[str, str] = {}
@@ -106,6 +108,16 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
             name = name.removesuffix(".weight")
             (linears if computes_as_linear(model.get_submodule(name)) else unpacked)[name] = source
     return Names(stored, types_of(model, torch.bfloat16), linears, unpacked)
+
+
+def _weights_in_layers(model: nn.Module, unused: Set[str], used: set[str]) -> list[str]:
+    """Those of the unused tensors that are a weight, or the bias beside one, in a layer of the model; what is neither,
+    such as a mask, many checkpoints hold that no model loads."""
+    layers = {shard_of(name) for name in used} - {REST}
+    owners = {name.removesuffix(".weight") for name in unused | used if name.endswith(".weight")}
+    found = [name for name in unused if shard_of(name) in layers and name.rpartition(".")[0] in owners]
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return [name for name in found if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
