@@ -139,8 +139,9 @@ def test_where_a_text_ends(copied):
     for model in (load_packed(copied), AutoModelForCausalLM.from_pretrained(copied)):
         assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([1, 7], 9)
     (copied / "generation_config.json").write_text('{"eos_token_id": [1,')
-    with pytest.raises(UserError, match=r"generation_config\.json: not JSON"):
-        load_packed(copied)
+    for load in (load_packed, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match=r"generation_config\.json: not JSON"):
+            load(copied)
 
 
 def test_other_devices(packed):
@@ -158,8 +159,26 @@ def test_several_devices(packed):
 
 
 def test_it_is_not_saved_as_something_else(packed, tmp_path):
-    with pytest.raises(ValueError, match="stepdown"):
-        AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path)
+    for model in (load_packed(packed), AutoModelForCausalLM.from_pretrained(packed)):
+        with pytest.raises(UserError, match="copy the folder"):
+            model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("load", [load_packed, AutoModelForCausalLM.from_pretrained])
+def test_what_a_packed_model_is_not_for(packed, load, tmp_path):
+    model = load(packed)
+    if model.lm_head.__class__ is not ThreeTierLinear:
+        pytest.skip("there is no kernel here")
+    with pytest.raises(UserError, match="not pickled: keep its folder"):
+        torch.save(model, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="resize the model before it is packed"):
+        model.resize_token_embeddings(8192)
+    model.train()
+    with pytest.raises(UserError, match="for running, not for training"):
+        model(tokens())
+    with torch.no_grad():
+        model(tokens())
 
 
 def run(code, *arguments):

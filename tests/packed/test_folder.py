@@ -258,12 +258,6 @@ def test_a_second_copy(packed, name):
     refused(packed, f"{shard(packed).name}: holds {name}, which has no place")
 
 
-def test_a_loaded_model_is_not_saved_as_half_of_it(packed, tmp_path):
-    with pytest.raises(UserError, match="copy the folder"):
-        load_packed(packed).save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
 def test_a_later_version(packed):
     edit_index(packed, lambda index: index.update(format="stepdown packed 3"))
     refused(packed, "'stepdown packed 3', this version reads 'stepdown packed 1' and 'stepdown packed 2'")

@@ -26,7 +26,7 @@ from ..models.linears import replace_module
 from ..registration import QUANT_METHOD
 from .folder import read_index
 from .linear import choose_kernel
-from .model import fill, name_tensors
+from .model import fill, name_tensors, read_generation_config
 
 # The one file that transformers reads as well; a folder without a model.safetensors is one that transformers refuses,
 # and does not fill at random, where this module is not imported.
@@ -69,6 +69,7 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         self._folder = Path(checkpoint_files[0]).parent
         self._index = read_index(self._folder)
+        read_generation_config(self._folder)
         self._place = torch.device(next(iter(device_map.values())))
         self._kernel = choose_kernel("auto", self._place)
         self._names = name_tensors(model, self._folder, self._index)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -80,6 +81,9 @@ class CpuMultiply:
     def __deepcopy__(self, memo: dict) -> "CpuMultiply":
         # Nothing changes it.
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError("a packed model is not pickled: keep its folder, and load that with stepdown.load_packed")
 
     @property
     def weight(self) -> Tensor:

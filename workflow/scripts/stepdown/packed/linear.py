@@ -29,7 +29,8 @@ class Multiply(Protocol):
 class ThreeTierLinear(nn.Module):
     """y = x W^T + b for a W [out, in] in three tiers, in bf16; for running a model, not for training it.
 
-    bias: [out]; kernel: one of `KERNELS`. x may be of any floating type and any shape [..., in]; y is of x's type.
+    bias: [out]; the kernels of a CPU copy it, and follow no change in place; kernel: one of `KERNELS`. x may be of any
+    floating type and any shape [..., in]; y is of x's type.
     Raises `UserError` when the parts of the matrix do not fit each other.
     """
 
@@ -46,6 +47,8 @@ class ThreeTierLinear(nn.Module):
         # Some families read weight and bias, and do not call.
         self.register_buffer("bias", None if bias is None else bias.bfloat16(), persistent=False)
         self.multiply = KERNELS[kernel](matrix, self.bias)
+        # Until somebody sets out to train it.
+        self.eval()
 
     @property
     def weight(self) -> Tensor:
@@ -53,7 +56,7 @@ class ThreeTierLinear(nn.Module):
         return self.multiply.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and self.kernel != "torch" and torch.is_grad_enabled():
+        if (x.requires_grad or self.training) and self.kernel != "torch" and torch.is_grad_enabled():
             raise UserError("a packed model is for running, not for training: use torch.no_grad(), or kernel 'torch'")
         y = self.multiply(x.reshape(-1, self.in_features).bfloat16())
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)

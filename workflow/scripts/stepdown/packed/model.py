@@ -26,7 +26,7 @@ from .linear import ThreeTierLinear, choose_kernel, dense_linear
 GENERATION_CONFIG = "generation_config.json"
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
     class CausalLanguageModel(PreTrainedModel, GenerationMixin):
         """What the causal language models of transformers are: both, though no class of theirs says so."""
@@ -45,24 +45,22 @@ def load_packed(
     index = read_index(folder)
     kernel = choose_kernel(kernel, place)
     model = build_empty(folder, trust_remote_code, torch.bfloat16).eval()
-    _configure_generation(model, folder)
+    if (generation := read_generation_config(folder)) is not None:
+        model.generation_config = generation
     fill(model, name_tensors(model, folder, index), folder, index, kernel, place)
-    model.save_pretrained = partial(_refuse_to_save, folder)
     return model.to(place).requires_grad_(False)
 
 
-def _configure_generation(model: nn.Module, folder: Path) -> None:
-    """As `from_pretrained` does: where a conversation ends, for one, chat models say in this file alone."""
+def read_generation_config(folder: Path) -> "GenerationConfig | None":
+    """Where a conversation ends, for one, chat models say in this file alone; raises `UserError` for one that
+    `from_pretrained` would pass over."""
     from transformers import GenerationConfig
 
-    if (folder / GENERATION_CONFIG).is_file():
-        read_json_object(folder / GENERATION_CONFIG)
-        with told_in_one_line(folder, f"{GENERATION_CONFIG} is none that transformers can load"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-def _refuse_to_save(folder: Path, *_: object, **__: object) -> None:
-    raise UserError(f"{folder}: a packed model is not saved anew; copy the folder")
+    if not (folder / GENERATION_CONFIG).is_file():
+        return None
+    read_json_object(folder / GENERATION_CONFIG)
+    with told_in_one_line(folder, f"{GENERATION_CONFIG} is none that transformers can load"):
+        return GenerationConfig.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,16 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
                 own[f"{name}.weight"] = weight.to(place, names.types[f"{name}.weight"])
         model.load_state_dict(own, strict=False, assign=True)
     _pack_head(model, folder, kernel, index["values"])
+    model.save_pretrained = partial(_refuse, folder, "a packed model is not saved anew; copy the folder")
+    if isinstance(model.get_output_embeddings(), ThreeTierLinear):
+        advice = "a packed head keeps its tokens; resize the model before it is packed"
+        model.resize_token_embeddings = partial(_refuse, folder, advice)
     if kernel in INSTRUCTIONS and quicken_decoding(model):
         log.info("single tokens go through the decoder in C++")
+
+
+def _refuse(folder: Path, reason: str, *_: object, **__: object) -> None:
+    raise UserError(f"{folder}: {reason}")
 
 
 def _pack_head(model: nn.Module, folder: Path, kernel: str, values: str) -> None:
