@@ -45,6 +45,7 @@ OUTPUTS = {
         ("prune_gradually", "--rise 2", "--rise: found 2; write a share"),
         ("measure", "--repeats 0", "argument --repeats: found '0'"),
         ("measure", "--step iter1", "--step iter1: give a name, a folder"),
+        ("measure", f"--step iter0 {MODEL}", "--step iter0: named twice"),
     ],
 )
 def test_a_wrong_number_is_one_line(script, words, told, tmp_path):
@@ -54,6 +55,14 @@ def test_a_wrong_number_is_one_line(script, words, told, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1 and told in found.stderr
     assert found.stderr.count("\n") == 1 and found.stderr.startswith("error: ") and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_is_measured_shorter_is_told(tmp_path):
+    """Not refused: the default is meant for models of few positions as well."""
+    words = ["--step", "iter0", MODEL, "--prompt-tokens", "2000", "--new-tokens", "2", "--repeats", "1"]
+    command = [sys.executable, SCRIPTS / "measure.py", *words, "--output", tmp_path / "measurements.json"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0 and "no place for 2000 and 2 tokens: measured with 1022 and 2" in found.stderr
 
 
 def import_bundled(source, target):

@@ -13,11 +13,13 @@ from stepdown.prune.activation_sparsity import switch_on
 
 
 def main(arguments: argparse.Namespace) -> None:
-    for parts in arguments.step:
-        if not 2 <= len(parts) <= 3:
-            raise UserError(f"--step {parts[0]}: give a name, a folder, and at most a tier map or a file of thresholds")
+    check_steps(arguments.step)
     found = {}
-    prompt, new = fitting(arguments.prompt_tokens, arguments.new_tokens, Path(arguments.step[0][1]))
+    asked = arguments.prompt_tokens, arguments.new_tokens
+    prompt, new = fitting(*asked, Path(arguments.step[0][1]))
+    if (prompt, new) != asked:
+        folder = arguments.step[0][1]
+        cli.log.warning("%s has no place for %d and %d tokens: measured with %d and %d", folder, *asked, prompt, new)
     dense = load_model(arguments.step[0][1], arguments.device, arguments.trust_remote_code)
     for step, folder, *more in cli.progress(arguments.step, "measure"):
         model = load_model(folder, arguments.device, arguments.trust_remote_code)
@@ -36,6 +38,16 @@ def main(arguments: argparse.Namespace) -> None:
         " weights and sparse activations through dense ones."
     )
     write_json(arguments.output, {"protocol": protocol, "steps": found})
+
+
+def check_steps(steps: list[list[str]]) -> None:
+    names = set()
+    for name, *parts in steps:
+        if not 1 <= len(parts) <= 2:
+            raise UserError(f"--step {name}: give a name, a folder, and at most a tier map or a file of thresholds")
+        if name in names:
+            raise UserError(f"--step {name}: named twice; give each step a name of its own")
+        names.add(name)
 
 
 if __name__ == "__main__":
