@@ -51,7 +51,7 @@ def prune_blocks_(weight: Tensor, tiers: Tensor, k: int) -> None:
 
 def prune_by_magnitude(model: Path, folder: Path) -> tuple[Checkpoint, TierMap]:
     """A checkpoint of a model with random tiers at the default schedule's last shares, and its map."""
-    decoder = open_decoder(model)
+    decoder = open_decoder(model, "cpu")
     checkpoint = decoder.checkpoint
     shapes = {name: checkpoint.shape(f"{name}.weight") for name in decoder.linears()}
     identity = checkpoint.identity()

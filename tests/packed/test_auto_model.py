@@ -69,7 +69,7 @@ def test_a_pipeline(packed):
     prompt = "Return the length of the"
     text = generate(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
     inputs = AutoTokenizer.from_pretrained(packed)(prompt, return_tensors="pt")
-    theirs = load_packed(packed).generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    theirs = load_packed(packed, device="cpu").generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     assert text == generate.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
@@ -136,7 +136,7 @@ def test_a_model_without_its_head(packed):
 
 def test_where_a_text_ends(copied):
     change_json(copied / "generation_config.json", eos_token_id=[1, 7], pad_token_id=9)
-    for model in (load_packed(copied), AutoModelForCausalLM.from_pretrained(copied)):
+    for model in (load_packed(copied, device="cpu"), AutoModelForCausalLM.from_pretrained(copied)):
         assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == ([1, 7], 9)
     (copied / "generation_config.json").write_text('{"eos_token_id": [1,')
     for load in (load_packed, AutoModelForCausalLM.from_pretrained):
@@ -159,7 +159,7 @@ def test_several_devices(packed):
 
 
 def test_it_is_not_saved_as_something_else(packed, tmp_path):
-    for model in (load_packed(packed), AutoModelForCausalLM.from_pretrained(packed)):
+    for model in (load_packed(packed, device="cpu"), AutoModelForCausalLM.from_pretrained(packed)):
         with pytest.raises(UserError, match="copy the folder"):
             model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -204,7 +204,7 @@ def test_an_iteration_is_packed_when_asked_for(project):
     name = "model.layers.1.mlp.down_proj"
     weight = Checkpoint(project / "results/iter2/finetuned_model").matrix(name)
     packed, rounded = (
-        load_packed(project / "results/iter2/packed" / values, "torch").get_submodule(name).weight
+        load_packed(project / "results/iter2/packed" / values, "torch", "cpu").get_submodule(name).weight
         for values in ("bf16", "int4")
     )
     assert torch.equal(packed, weight.bfloat16())
