@@ -285,25 +285,57 @@ def test_the_report_needs_no_torch():
 # --- what cannot be told ---------------------------------------------------------------------------------------------
 
 
+def only_the_base(record):
+    """An evaluation of a model that was not finetuned, of which no moment is left to stand for that."""
+    record["finetuning"]["epochs"] = 0
+    record["perplexity"] = {"pydoc": {"base": BASE}}
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda path: path.write_text("{"), "iter2/eval.json: not an evaluation (Expecting"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not an evaluation ('utf-8'"),
-        (lambda path: write(path, []), "iter2/eval.json: not an evaluation (list"),
+        (lambda path: path.write_text("{"), "iter2/eval.json: not an evaluation: no JSON (Expecting"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "iter2/eval.json: not an evaluation: no JSON ('utf-8'"),
+        (lambda path: write(path, []), "iter2/eval.json: not an evaluation: all of it is []"),
         (
             lambda path: edit(path, lambda record: record.pop("tier_shares")),
-            "iter2/eval.json: not an evaluation (it has no tier_shares)",
+            "iter2/eval.json: not an evaluation: key tier_shares is missing",
         ),
-        (lambda path: edit(path, lambda record: record["sparsity"].clear()), "it has no overall"),
-        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].pop("finetuned")), "it has no finetuned"),
-        (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(pruned=None)), "not 'NoneType'"),
+        (lambda path: edit(path, lambda record: record["sparsity"].clear()), "key sparsity.overall is missing"),
+        (
+            lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].pop("finetuned")),
+            "key perplexity.pydoc.finetuned is missing",
+        ),
+        (
+            lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(pruned=None)),
+            "key perplexity.pydoc.pruned is null",
+        ),
         (
             lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(base=0)),
-            "a perplexity of 0 cannot be",
+            "a perplexity of 0 on pydoc cannot be",
         ),
         (lambda path: edit(path, lambda record: record["perplexity"]["pydoc"].update(base=21.0)), "disagree"),
-        (lambda path: edit(path, lambda record: record["perplexity"].clear()), "different texts"),
+        (lambda path: edit(path, lambda record: record["perplexity"].clear()), "key perplexity is {}"),
+        (
+            lambda path: edit(
+                path, lambda record: record["perplexity"].update(c4={"base": 9, "pruned": 9, "finetuned": 9})
+            ),
+            "different texts",
+        ),
+        (
+            lambda path: edit(path.parents[1] / "iter0/eval.json", lambda record: record["perplexity"].clear()),
+            "iter0/eval.json: not an evaluation: key perplexity is {}",
+        ),
+        (lambda path: edit(path, only_the_base), "key perplexity.pydoc.pruned is missing"),
+        (lambda path: edit(path, lambda record: record.update(step=3)), "key step is 3;"),
+        (
+            lambda path: edit(path, lambda record: record["finetuning"].update(tokens="many")),
+            'key finetuning.tokens is "many";',
+        ),
+        (
+            lambda path: edit(path, lambda record: record["finetuning"].update(tokens=None)),
+            "key finetuning.tokens is null;",
+        ),
         (lambda path: edit(path, lambda record: record.update(model="another")), "different models"),
         (lambda path: edit(path, lambda record: record.update(step="iter1")), "a second evaluation of iter1"),
         (lambda path: edit(path, lambda record: record.update(step="iter7")), "evaluation of iter2 is missing"),
@@ -316,7 +348,10 @@ def test_the_report_needs_no_torch():
             lambda path: edit(path.with_name("training.json"), lambda record: record.update(log=3)),
             "not a training log",
         ),
-        (lambda path: edit(path.with_name("training.json"), lambda record: record.pop("steps")), "it has no steps"),
+        (
+            lambda path: edit(path.with_name("training.json"), lambda record: record.pop("steps")),
+            "key steps is missing",
+        ),
     ],
 )
 def test_bad_results_are_named_in_one_line(tmp_path, damage, expected):
@@ -372,7 +407,7 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
         run_script("plot.py", files, "--output-folder", tmp_path / "figures"),
     ):
         assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(r"error: .*iter2/eval\.json: not an evaluation .*\n", done.stderr)
+        assert re.fullmatch(r"error: .*iter2/eval\.json: not an evaluation: .*\n", done.stderr)
     assert (tmp_path / "summary.csv").read_text() == "before"
 
 

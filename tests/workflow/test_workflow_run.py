@@ -166,9 +166,19 @@ def test_a_script_tells_a_mistake_in_one_line(project, change, message):
     [
         ({"--text": "wikitext2"}, "iter0/eval.json: measured on other texts"),
         ({"--sequence-length": "16"}, "in other windows"),
-        ({"--base-eval": "results/iter1/training.json"}, "training.json: not the eval.json of a base model"),
-        ({"--training": "results/iter0/eval.json"}, "eval.json: not the training.json of a model"),
-        ({"--training": "schedule.csv"}, "schedule.csv: not the training.json of a model"),
+        ({"--base-eval": "results/iter1/training.json"}, "training.json: not the eval.json of the base model model"),
+        ({"--training": "results/iter0/eval.json"}, "eval.json: not the training.json of iter1"),
+        ({"--training": "schedule.csv"}, "schedule.csv: not the training.json of iter1: no JSON"),
+        ({"--training": "results/iter2/training.json"}, 'key step is "iter2", not "iter1"'),
+        (
+            {"--base-eval": "results/iter1/eval.json"},
+            "iter1/eval.json: not the eval.json of the base model model: key step",
+        ),
+        (
+            {"--model-name": "another"},
+            'iter0/eval.json: not the eval.json of the base model another: key model is "model"',
+        ),
+        ({"--masks": "results/iter2/tier_map.safetensors"}, "iter2/tier_map.safetensors: of iteration 2, while iter1"),
     ],
 )
 def test_a_step_is_held_against_a_base_that_was_measured_alike(project, change, message):

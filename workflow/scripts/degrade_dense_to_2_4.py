@@ -25,7 +25,7 @@ def main(arguments: argparse.Namespace) -> None:
     if metadata != before.identity or scores.keys() != before.tiers.keys():
         raise UserError(f"{arguments.scores}: scores of another model or iteration than {arguments.tier_map}")
     if arguments.target:
-        target = read_result(arguments.target, "what choose_shares.py wrote", TIER_NAMES.values())
+        target = read_result(arguments.target, "what choose_shares.py wrote", dict.fromkeys(TIER_NAMES.values(), str))
         shares = in_proportion(shares, tuple(arguments.last), [target[tier] for tier in TIER_NAMES.values()])
     tiers = first_stage(before, scores, shares, arguments.shared_over)
     chosen = {"shares": shares, "cost": cost, "shared_over": arguments.shared_over}

@@ -10,10 +10,9 @@ from stepdown.measure import evaluation
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
-    base = evaluation.read_base(arguments.base_eval, settings)
-    training = read_result(
-        arguments.training, "the training.json of a model", ("method", "epochs", "tokens", "best_step")
-    )
+    base = evaluation.read_base(arguments.base_eval, settings, arguments.model_name)
+    form = {"step": arguments.step, "method": str, "epochs": int, "tokens": int, "best_step": int}
+    training = read_result(arguments.training, f"the training.json of {arguments.step}", form)
     folders = {
         "pruned": arguments.pruned_model,
         "refitted": arguments.refitted_model,

@@ -5,12 +5,13 @@ import argparse
 from stepdown import cli
 from stepdown.files import write_json
 from stepdown.measure import evaluation
+from stepdown.plan.steps import BASE
 
 
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
+    result = evaluation.describe_model(BASE, arguments.model_name, arguments.masks, arguments.model)
     found = evaluation.perplexities(arguments.model, settings)
-    result = evaluation.describe_model("iter0", arguments.model_name, arguments.masks, arguments.model)
     result["perplexity"] = {text: {"base": value} for text, value in found.items()}
     write_json(arguments.output, result | {"protocol": evaluation.protocol(settings)})
 

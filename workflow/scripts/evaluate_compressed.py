@@ -14,11 +14,11 @@ from stepdown.prune.activation_sparsity import switch_on
 def main(arguments: argparse.Namespace) -> None:
     settings = evaluation.settings_of(arguments)
     parse_step(arguments.step)
-    base = evaluation.read_base(arguments.base_eval, settings)
-    report = read_result(arguments.masks, "the report of a compressed model", ("run", "base_model"))
+    kind, name = arguments.step.split("/")[:2]
+    base = evaluation.read_base(arguments.base_eval, settings, arguments.model_name)
+    report = read_result(arguments.masks, f"the report of {arguments.step}", {"run": name, "base_model": str})
     prepare = (lambda decoder: switch_on(decoder.model, arguments.masks)) if "linears" in report else None
     found = evaluation.perplexities(arguments.model, settings, prepare)
-    kind, name = arguments.step.split("/")[:2]
     method, _, pattern = name.partition("-")
     result = {
         "step": arguments.step,

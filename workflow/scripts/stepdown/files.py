@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import UnionType
 
 from .errors import UserError
 
@@ -20,6 +22,10 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 # Half a character: JSON can write it (`\ud83d`), no encoding can, and no tokenizer takes it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What JSON has to be like: of a type, the very text, a list of a form, or an object with a form under each key; under
+# `str` that of all its other keys, of which one at least there has to be where no key is named.
+Form = type | UnionType | str | list | dict
+NUMBER = int | float
 
 
 def atomic_write(path: Path | str, text: str) -> None:
@@ -216,15 +222,56 @@ def read_json_object(path: Path) -> dict:
     return content
 
 
-def read_result(path: Path, kind: str, keys: Iterable[str]) -> dict:
-    """The JSON that another script wrote, with at least these keys; `UserError` where it is not of its kind."""
+def read_result(path: Path, kind: str, form: Form) -> dict:
+    """The JSON that another script wrote; `UserError` where it is not of its kind, which has this form."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not content.keys() >= set(keys):
-        raise UserError(f"{path}: not {kind}; name another file, or delete it and run again")
+        # What is not even a number, of a model that broke, is beyond all numbers.
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: math.inf)
+    except (ValueError, RecursionError) as error:
+        raise _not_a(kind, path, f"no JSON ({error})") from None
+    check_form(content, path, kind, form)
     return content
+
+
+def check_form(content: object, path: Path, kind: str, form: Form) -> None:
+    """Raise `UserError` for the first key of a file's content that is missing or has another value than its form."""
+    for fault in _misfits(content, form):
+        raise _not_a(kind, path, fault)
+
+
+def _not_a(kind: str, path: Path, fault: str) -> UserError:
+    return UserError(f"{path}: not {kind}: {fault}; name another file, or delete it and run again")
+
+
+def _misfits(value: object, form: Form, key: str = "") -> Iterator[str]:
+    """What of a value is not as its form has it, in words."""
+    if isinstance(form, str):
+        if value != form:
+            yield f"{_told(key, value)}, not {json.dumps(form, ensure_ascii=False)}"
+    elif isinstance(value, bool) or not isinstance(value, type(form) if isinstance(form, dict | list) else form):
+        yield _told(key, value)
+    elif isinstance(form, list):
+        for place, item in enumerate(value):
+            yield from _misfits(item, form[0], f"{key}[{place}]")
+    elif isinstance(form, dict):
+        yield from _misfits_of_keys(value, form, key)
+
+
+def _misfits_of_keys(value: dict, form: dict, key: str) -> Iterator[str]:
+    named = [name for name in form if name is not str]
+    others = [name for name in value if name not in named] if str in form else []
+    if not named and not others:
+        yield _told(key, value)
+    for name in named + others:
+        inner = f"{key}.{name}" if key else name
+        if name in value:
+            yield from _misfits(value[name], form.get(name, form.get(str)), inner)
+        else:
+            yield f"key {inner} is missing"
+
+
+def _told(key: str, value: object) -> str:
+    return f"{f'key {key}' if key else 'all of it'} is {json.dumps(value, ensure_ascii=False):.60}"
 
 
 def _constant(name: str) -> float:

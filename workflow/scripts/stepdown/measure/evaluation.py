@@ -9,11 +9,12 @@ import torch
 
 from .. import cli
 from ..errors import UserError
-from ..files import check_length, read_result
+from ..files import NUMBER, check_length, read_result
 from ..models.checkpoint import Checkpoint
 from ..models.decoder import Decoder, open_decoder
 from ..models.pruning_reports import describe_checkpoint
 from ..models.tier_maps import TierMap, block_counts, check_same_model, check_zeros, read_tier_map, tier_shares
+from ..plan.steps import BASE, check_iteration
 from ..tensors.blocks import expand_blocks
 from ..tensors.tiers import TIER_NAMES
 from ..text import consecutive_windows, describe, labels, load_documents, parse_text, token_stream
@@ -62,10 +63,12 @@ def perplexities(
 
 
 def describe_model(step: str, model_name: str, map_path: Path, folder: Path) -> dict:
-    """What the weights show: sparsity, tiers. Raises `UserError` when a matrix is denser than its tiers allow."""
+    """What the weights show: sparsity, tiers. Raises `UserError` when a matrix is denser than its tiers allow, and for
+    the masks of another step."""
     if map_path.suffix == ".json":
         return describe_checkpoint(step, model_name, map_path, folder)
     tier_map, checkpoint = read_tier_map(map_path), Checkpoint(folder)
+    check_iteration(map_path, step, tier_map.iteration)
     check_same_model(tier_map, map_path, checkpoint)
     counts = block_counts(tier_map)
     return {
@@ -116,11 +119,13 @@ def protocol(settings: Settings) -> str:
     )
 
 
-def read_base(path: Path, settings: Settings) -> dict[str, float]:
-    """Perplexity of the base model by the name of a text, from its eval.json; raises `UserError` where that was not
-    measured by the same protocol, so that nothing is held against it."""
-    evaluation = read_result(path, "the eval.json of a base model", ("perplexity", "protocol"))
-    if evaluation["protocol"] != protocol(settings):
+def read_base(path: Path, settings: Settings, model_name: str) -> dict[str, float]:
+    """Perplexity of the base model by the name of a text, from its eval.json; raises `UserError` where that is of
+    another model or was not measured by the same protocol, so that nothing is held against it."""
+    form = {"step": BASE, "model": model_name, "perplexity": {str: {"base": NUMBER}}, "protocol": str}
+    evaluation = read_result(path, f"the eval.json of the base model {model_name}", form)
+    measured = (evaluation["protocol"], evaluation["perplexity"].keys())
+    if measured != (protocol(settings), set(labels(settings.texts, "test"))):
         raise UserError(
             f"{path}: measured on other texts, in other windows or on another number of tokens than asked for here; "
             "evaluate the base model in the same way"

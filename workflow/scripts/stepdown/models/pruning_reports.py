@@ -1,6 +1,5 @@
 """The report of a one-shot run: what was asked of every matrix, what came of it; its checkpoint is held against it."""
 
-import json
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -8,12 +7,23 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import NUMBER, read_result
 from ..plan.runs import Run, parse_run
+from ..plan.steps import check_iteration
 from ..tensors.masks import count_zeros
 from ..tensors.patterns import n_of_m
 from .checkpoint import Checkpoint
 
 FORMAT = "stepdown one-shot 1"
+SHARE = NUMBER | None
+# What is read of a report.
+FORM = {
+    "format": FORMAT,
+    **dict.fromkeys(("run", "method", "pattern", "layers", "base_model"), str),
+    "iteration": int,
+    "sparsity": {"target": SHARE},
+    "matrices": {str: {"shape": [int], "target": SHARE, "zeros": int}},
+}
 
 
 def describe_pruning(
@@ -52,13 +62,7 @@ def describe_pruning(
 
 def read_report(path: Path | str) -> dict:
     """Read a report; raises `UserError` when the file is none."""
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        report = None
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise UserError(f"{path}: not the report of a one-shot run (format {FORMAT!r}); delete it and run again")
-    return report
+    return read_result(Path(path), "the report of a one-shot run", FORM)
 
 
 def check_same_model(report: dict, path: Path | str, checkpoint: Checkpoint) -> None:
@@ -88,6 +92,9 @@ def describe_checkpoint(step: str, model_name: str, path: Path, folder: Path) ->
     Raises `UserError` when a matrix has fewer zeros than the report at `path` says.
     """
     report, checkpoint = read_report(path), Checkpoint(folder)
+    check_iteration(path, step, report["iteration"])
+    if "/" in step and (run := step.partition("/")[2]) != report["run"]:
+        raise UserError(f"{path}: report of {report['run']}, not of {run}; give the one of {step}")
     check_same_model(report, path, checkpoint)
     zeros, weights, per_matrix = 0, 0, {}
     for name in report["matrices"]:

@@ -1,7 +1,10 @@
 """What the name of a step says of its files: where its model is, when that is complete, what must stay zero in it.
 Standard library only."""
 
-from pathlib import PurePath
+import re
+from pathlib import Path, PurePath
+
+from ..errors import UserError
 
 INDEX = "model.safetensors.index.json"
 # The base model, and where it stands as it came if its channels are sorted first.
@@ -35,6 +38,21 @@ def is_finetuned(step: str) -> bool:
 def is_run(step: str) -> bool:
     """Whether a step is pruned by what its name says; the iterations and oneshot/three-tier go by the schedule."""
     return step.startswith(("oneshot/", "gradual/")) and step != "oneshot/three-tier"
+
+
+def iteration_of(step: str) -> int | None:
+    """The place of a step in the chain, or None for a run beside it."""
+    match = re.fullmatch(r"iter(\d+)", step)
+    return int(match[1]) if match else None
+
+
+def check_iteration(masks: Path | str, step: str, iteration: int) -> None:
+    """Raise `UserError` where masks are of another iteration than their step: its own number, 1 for a run beside."""
+    due = 1 if "/" in step else iteration_of(step)
+    if due not in (None, iteration):
+        raise UserError(
+            f"{masks}: of iteration {iteration}, while {step} is of iteration {due}; give the one of {step}"
+        )
 
 
 def source(step: str) -> str:

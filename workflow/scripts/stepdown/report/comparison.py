@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from .steps import BASE, Results, contents, difference_percent, iteration_of
+from ..files import NUMBER, read_result
+from ..plan.steps import BASE, iteration_of
+from .steps import Results, difference_percent
 from .text import aligned, cells, flush_left
 
 # Jobs of a step that neither prune nor finetune it.
 MEASURING = {"base_model", "evaluate", "evaluate_base", "evaluate_compressed", "zero_shot"}
 SIZES = ["parameters", "nonzeros", "bytes", "packed_bytes"]
+SPEEDS = ["tokens_per_second", "dense_tokens_per_second"]
+# What measure.py writes.
+MEASUREMENTS = {"steps": {str: dict.fromkeys(SIZES, int | None) | {name: {str: NUMBER | None} for name in SPEEDS}}}
 
 
 def table(results: Results, benchmarks: Path, tasks: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
@@ -37,9 +42,9 @@ def read_tasks(paths: Iterable[Path]) -> pd.DataFrame:
     """Step -> TASK_METRIC of zero-shot tasks, from zero_shot.json files."""
     found = {}
     for path in paths:
-        with contents(path, "the result of zero_shot.py") as record:
-            tasks = record["tasks"].items()
-            found[record["step"]] = {f"{task}_{metric}": value for task, of in tasks for metric, value in of.items()}
+        record = read_result(path, "the result of zero_shot.py", {"step": str, "tasks": {str: dict}})
+        tasks = record["tasks"].items()
+        found[record["step"]] = {f"{task}_{metric}": value for task, of in tasks for metric, value in of.items()}
     return pd.DataFrame.from_dict(found, orient="index").sort_index(axis="columns")
 
 
@@ -47,14 +52,14 @@ def read_measurements(paths: Iterable[Path]) -> pd.DataFrame:
     """Step or packed model -> size and speed, from what measure.py wrote; speeds beside those of the dense model."""
     found = [pd.DataFrame()]
     for path in paths:
-        with contents(path, "the result of measure.py") as record:
-            steps = pd.DataFrame.from_dict(record["steps"], orient="index")
-            speed, dense = (steps[f"{of}tokens_per_second"].apply(pd.Series) for of in ("", "dense_"))
-            columns = steps[SIZES].astype("Int64").assign(bytes_per_weight=steps.bytes / steps.parameters)
-            for kind in speed:
-                columns[f"{kind}_tokens_per_second"] = speed[kind]
-                columns[f"{kind}_to_dense"] = speed[kind] / dense[kind]
-            found.append(columns)
+        record = read_result(path, "the result of measure.py", MEASUREMENTS)
+        steps = pd.DataFrame.from_dict(record["steps"], orient="index")
+        speed, dense = (steps[name].apply(pd.Series) for name in SPEEDS)
+        columns = steps[SIZES].astype("Int64").assign(bytes_per_weight=steps.bytes / steps.parameters)
+        for kind in speed:
+            columns[f"{kind}_tokens_per_second"] = speed[kind]
+            columns[f"{kind}_to_dense"] = speed[kind] / dense[kind]
+        found.append(columns)
     return pd.concat(found)
 
 
@@ -63,8 +68,8 @@ def costs(steps: Iterable[str], benchmarks: Path) -> pd.DataFrame:
     rows = []
     for step in steps:
         for path in _jobs_of(step, benchmarks):
-            with contents(path, "a benchmark file of Snakemake") as record:
-                rows.append((step, path.stem == "finetune", float(record["s"]), record.get("max_rss")))
+            record = read_result(path, "a benchmark file of Snakemake", {"s": NUMBER})
+            rows.append((step, path.stem == "finetune", float(record["s"]), record.get("max_rss")))
     jobs = pd.DataFrame(rows, columns=["step", "finetuning", "s", "memory"])
     # A job that ends within a second or so is gone before its memory is read.
     memory = pd.to_numeric(jobs.memory, errors="coerce").groupby(jobs.step).max()

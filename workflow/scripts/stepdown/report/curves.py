@@ -9,8 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..errors import UserError
+from ..files import NUMBER, read_result
 from .drawing import CHAIN_COLOUR, GREY, WIDTH, empty, end_labels, one_shot_colour, some
-from .steps import contents, iterations, one_shots
+from .steps import iterations, one_shots
+
+# What is read of a training.json.
+LOG = {"step": str, "epochs": NUMBER, "tokens": int, "steps": int, "log": [{str: NUMBER}]}
 
 
 def read_curves(trainings: Iterable[Path], steps: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -20,18 +24,18 @@ def read_curves(trainings: Iterable[Path], steps: pd.DataFrame) -> dict[str, pd.
     """
     curves = {}
     for path in trainings:
-        with contents(path, "a training log") as record:
-            curve = pd.DataFrame(record["log"], columns=["step", "loss", "eval_loss"], dtype=float)
-            # The log counts optimizer steps, and each of them sees as many tokens as the others.
-            tokens = curve.pop("step") * (record["tokens"] / max(record["steps"], 1))
-            if record["step"] not in steps.index:
-                raise UserError(f"{path}: a log of {record['step']}, which has no eval.json here; give that too")
-            step = steps.loc[record["step"]]
-            for key in ("epochs", "tokens"):
-                if record[key] != step[key]:
-                    found = f"{record[key]} and {step[key]}"
-                    raise UserError(f"{path} and {step.path} differ in {key}, {found}; evaluate again")
-            curves[step.name] = curve.set_index(step.total_tokens - step.tokens + tokens)
+        record = read_result(path, "a training log", LOG)
+        curve = pd.DataFrame(record["log"], columns=["step", "loss", "eval_loss"], dtype=float)
+        # The log counts optimizer steps, and each of them sees as many tokens as the others.
+        tokens = curve.pop("step") * (record["tokens"] / max(record["steps"], 1))
+        if record["step"] not in steps.index:
+            raise UserError(f"{path}: a log of {record['step']}, which has no eval.json here; give that too")
+        step = steps.loc[record["step"]]
+        for key in ("epochs", "tokens"):
+            if record[key] != step[key]:
+                found = f"{record[key]} and {step[key]}"
+                raise UserError(f"{path} and {step.path} differ in {key}, {found}; evaluate again")
+        curves[step.name] = curve.set_index(step.total_tokens - step.tokens + tokens)
     return curves
 
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from .steps import TIERS, iteration_of
+from ..plan.steps import iteration_of
+from .steps import TIERS
 
 # Colours that differ in lightness as well as in hue: dark to light is dense to sparse, in print and to every eye.
 TIER_COLOURS = {"dense": "#1f3b57", "mid_2_4": "#5fa8c8", "topk": "#f3c969"}

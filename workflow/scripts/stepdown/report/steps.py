@@ -6,21 +6,29 @@ its eval.json), `iteration` (NaN beside the chain), `model`, `method`, `pattern`
 `refitted` and `reconstructed` (NaN where that was not done), `finetuned`.
 """
 
-import json
 import math
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..errors import UserError
+from ..files import NUMBER, check_form, read_result
+from ..plan.steps import BASE, iteration_of
 
-BASE = "iter0"
 TIERS = ["dense", "mid_2_4", "topk"]
 MOMENTS = ["pruned", "refitted", "reconstructed", "finetuned"]
+
+# What an eval.json is like: of every step, of the base model what stands for pruning it, and of the others.
+KIND = "an evaluation"
+EVALUATION = {"step": str, "model": str, "perplexity": {str: {"base": NUMBER}}, "sparsity": {"overall": NUMBER}}
+DENSE = {"pruning": {"method": "dense", "pattern": "", "layers": ""}, "finetuning": {"epochs": 0, "tokens": 0}}
+STEP = {
+    "perplexity": {str: {"pruned": NUMBER, str: NUMBER}},
+    "pruning": {"method": str, "pattern": str, "layers": str},
+    "finetuning": {"epochs": NUMBER, "tokens": int},
+}
 
 Results = dict[str, pd.DataFrame]
 
@@ -41,23 +49,6 @@ def read_results(evals: Iterable[Path], tiers: bool = True) -> Results:
     return {text: steps.join(pd.DataFrame(perplexity[text].tolist(), steps.index, columns)) for text in perplexity}
 
 
-@contextmanager
-def contents(path: Path, kind: str) -> Iterator[Any]:
-    """The JSON in a file; when something cannot be done with it, a `UserError` that the file is not of its kind."""
-    try:
-        # What is not even a number, of a model that broke, is beyond all numbers.
-        yield json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: math.inf)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: not {kind} ({reason}); delete it and run again") from None
-
-
-def iteration_of(step: str) -> int | None:
-    """The place of a step in the chain, or None for a run beside it."""
-    match = re.fullmatch(r"iter(\d+)", step)
-    return int(match[1]) if match else None
-
-
 def iterations(steps: pd.DataFrame) -> pd.DataFrame:
     """The pruned steps of the chain, in order."""
     return steps[steps.iteration > 0]
@@ -74,28 +65,28 @@ def difference_percent(perplexity: Any, base: Any) -> Any:
 
 
 def _read_eval(path: Path, tiers: bool) -> dict:
-    with contents(path, "an evaluation") as record:
-        if record["step"] == BASE:
-            record["pruning"] = {"method": "dense", "pattern": "", "layers": ""}
-            record["finetuning"] = {"epochs": 0, "tokens": 0}
-        step = {"path": path, "step": record["step"], "model": record["model"]}
-        step |= {key: record["pruning"][key] for key in ("method", "pattern", "layers")}
-        step |= {key: record["finetuning"][key] for key in ("epochs", "tokens")}
-        step |= {tier: float(record["tier_shares"][tier]) for tier in TIERS if tiers}
-        step["sparsity"] = float(record["sparsity"]["overall"])
-        step["perplexity"] = {text: _read_perplexity(found, step) for text, found in record["perplexity"].items()}
-        return step
-
-
-def _read_perplexity(found: dict, step: dict) -> dict[str, float]:
-    values = {when: float(value) for when, value in found.items()}
-    if not 0 < values["base"] < math.inf:
-        raise ValueError(f"a perplexity of {found['base']} cannot be")
-    if step["step"] == BASE:
-        values["pruned"] = values["base"]
-    if step["epochs"] == 0:  # a model that was not finetuned is the one before
-        values.setdefault("finetuned", next(values[when] for when in reversed(MOMENTS) if when in values))
-    return values | {when: values[when] for when in ("pruned", "finetuned")}
+    record = read_result(path, KIND, EVALUATION)
+    perplexity = record["perplexity"]
+    if record["step"] == BASE:
+        record |= DENSE
+        for values in perplexity.values():
+            values["pruned"] = values["base"]
+    check_form(record, path, KIND, STEP | ({"tier_shares": dict.fromkeys(TIERS, NUMBER)} if tiers else {}))
+    if record["finetuning"]["epochs"] == 0:  # a model that was not finetuned is the one before
+        for values in perplexity.values():
+            values.setdefault("finetuned", next(values[when] for when in reversed(MOMENTS) if when in values))
+    check_form(record, path, KIND, {"perplexity": {str: {"finetuned": NUMBER}}})
+    for text, values in perplexity.items():
+        if not 0 < values["base"] < math.inf:
+            raise UserError(f"{path}: a perplexity of {values['base']} on {text} cannot be; delete it and run again")
+    return {
+        **{"path": path, "step": record["step"], "model": record["model"]},
+        **{key: record["pruning"][key] for key in ("method", "pattern", "layers")},
+        **{key: record["finetuning"][key] for key in ("epochs", "tokens")},
+        **{tier: float(record["tier_shares"][tier]) for tier in TIERS if tiers},
+        "sparsity": float(record["sparsity"]["overall"]),
+        "perplexity": {text: {when: float(value) for when, value in of.items()} for text, of in perplexity.items()},
+    }
 
 
 def _check_one_run(steps: pd.DataFrame) -> None:
