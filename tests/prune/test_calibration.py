@@ -1,5 +1,7 @@
 """Calibration backwards: the gradients that the whole model has, with one layer in memory, whatever the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import VOCABULARY, make_model
@@ -56,9 +58,11 @@ def test_costs_ask_for_a_calibration_with_gradients(tmp_path):
     decoder = open_decoder(make_model("llama", tmp_path / "model"), "cpu")
     tier_map = dense_tier_map({name: tuple(m.weight.shape) for name, m in decoder.linears().items()}, 16, 10, "a")
     calibration = calibrate_backwards(decoder, WINDOWS, 5)
-    save_tensors(as_tensors(calibration), tmp_path / "both", {"base_model": "a"})
-    save_tensors(calibration.squared_norms, tmp_path / "norms", {"base_model": "a"})
+    save_tensors(as_tensors(calibration), tmp_path / "both", tier_map.identity)
+    save_tensors(calibration.squared_norms, tmp_path / "norms", tier_map.identity)
     assert as_tensors(read_calibration(tmp_path / "both", tier_map, True)).keys() == as_tensors(calibration).keys()
     read_calibration(tmp_path / "norms", tier_map, with_gradients=False)
     with pytest.raises(UserError, match=r"None squared gradients found, .* calibrate this model again"):
         read_calibration(tmp_path / "norms", tier_map, with_gradients=True)
+    with pytest.raises(UserError, match=r"both: calibration of another model .*iteration 0 of a, not 1 of a"):
+        read_calibration(tmp_path / "both", replace(tier_map, iteration=1), True)

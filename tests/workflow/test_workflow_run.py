@@ -137,12 +137,16 @@ def script(name, *words, folder=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--tier-map": "results/iter1/tier_map.safetensors"}, "tier map of iteration 1, but"),
+        ({"--tier-map": "results/iter0/tier_map.safetensors"}, "tier map of iteration 0, but"),
         (
             {"--model": "results/iter0/model", "--tier-map": "results/iter2/tier_map.safetensors"},
             "tier map of iteration 2, but",
         ),
-        ({"--calibration": "results/iter2/tier_map.safetensors"}, "norms found"),
+        ({"--calibration": "results/iter1/tier_map.safetensors"}, "norms found"),
+        (
+            {"--calibration": "results/iter1/calibration.safetensors"},
+            "calibration of another model than the tier map's",
+        ),
         ({"--model": "nowhere"}, "nowhere: is not a folder"),
         ({"--tier-map": "schedule.csv"}, "not a readable"),
         ({"--output": "schedule.csv/scores"}, "schedule.csv"),
@@ -150,9 +154,9 @@ def script(name, *words, folder=None):
 )
 def test_a_script_tells_a_mistake_in_one_line(project, change, message):
     words = {
-        "--model": "results/iter2/finetuned_model",
+        "--model": "results/iter1/finetuned_model",
         "--calibration": "results/iter2/calibration.safetensors",
-        "--tier-map": "results/iter2/tier_map.safetensors",
+        "--tier-map": "results/iter1/tier_map.safetensors",
         "--output": "scores.safetensors",
     } | change
     finished = script("score.py", *(part for flag, path in words.items() for part in (flag, project / path)))

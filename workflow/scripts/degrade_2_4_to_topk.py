@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoint = Checkpoint(arguments.model)
     check_same_model(before, arguments.tier_map_before, checkpoint)
     check_same_model(stage_1, arguments.tier_map, checkpoint, iterations_ahead=1)
-    calibration = read_calibration(arguments.calibration, stage_1, stage_1.cost == "fisher")
+    calibration = read_calibration(arguments.calibration, before, stage_1.cost == "fisher")
     device = choose_device(arguments.device)
     tiers = second_stage(checkpoint, before, stage_1, calibration, arguments.selection, device)
     maps = (before, stage_1, stage_1.with_tiers(tiers))

@@ -132,8 +132,13 @@ def as_tensors(calibration: Calibration) -> dict[str, Tensor]:
 def read_calibration(path: Path | str, tier_map: TierMap, with_gradients: bool) -> Calibration:
     """What calibrate.py wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
     tensors, metadata = load_tensors(path)
-    if metadata.get("base_model") != tier_map.base_model:
-        raise UserError(f"{path}: calibration of another model; give what calibrate.py wrote for this one")
+    found, due = ([of.get(key) for key in ("iteration", "base_model")] for of in (metadata, tier_map.identity))
+    if found != due:
+        told, expected = (f"{iteration} of {str(base_model)[:12]}" for iteration, base_model in (found, due))
+        raise UserError(
+            f"{path}: calibration of another model than the tier map's (iteration {told}, not {expected}); give what"
+            " calibrate.py wrote for this one"
+        )
     norms, gradients = {}, {}
     for name, (rows, columns) in tier_map.shapes.items():
         norms[name] = _found(tensors, name, columns, "norms", path)
