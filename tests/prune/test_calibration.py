@@ -64,5 +64,5 @@ def test_costs_ask_for_a_calibration_with_gradients(tmp_path):
     read_calibration(tmp_path / "norms", tier_map, with_gradients=False)
     with pytest.raises(UserError, match=r"None squared gradients found, .* calibrate this model again"):
         read_calibration(tmp_path / "norms", tier_map, with_gradients=True)
-    with pytest.raises(UserError, match=r"both: calibration of another model .*iteration 0 of a, not 1 of a"):
+    with pytest.raises(UserError, match=r"both: not the calibration .*\(iteration 0 of a, not iteration 1 of a\)"):
         read_calibration(tmp_path / "both", replace(tier_map, iteration=1), True)

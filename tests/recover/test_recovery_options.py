@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import finetune
 from stepdown.errors import UserError
-from stepdown.models.checkpoint import Checkpoint
+from stepdown.models.checkpoint import Checkpoint, save_tensors
 from stepdown.recover import recovery
 from stepdown.recover.distillation import Distillation, divergence, load_teacher
 from stepdown.recover.processes import run_in_processes
@@ -189,6 +190,22 @@ def test_going_on_with_the_moments_is_going_on(tmp_path):
         torch.testing.assert_close(second.model.state_dict()[name], weight, rtol=0, atol=1e-7)
     for key, value in at_once.moments.items():
         torch.testing.assert_close(second.moments[key], value)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "change", "told"),
+    [
+        ("5", {}, "not the moments of the step before (iteration 5 of"),
+        ("-1", {"lm_head.weight": torch.ones(2)}, "holds no moments of an optimizer"),
+        ("-1", {"lm_head.weight exp_avg": torch.ones(2)}, "lm_head.weight exp_avg [2] is of no parameter"),
+        ("-1", {"another exp_avg": torch.ones(2)}, "another exp_avg [2] is of no parameter"),
+    ],
+)
+def test_moments_of_anything_else_are_refused(pruned, iteration, change, told):  # noqa: F811
+    base_model = Checkpoint(pruned / "pruned_model").identity()["base_model"]
+    save_tensors(change, pruned / "moments.safetensors", {"base_model": base_model, "iteration": iteration})
+    with pytest.raises(UserError, match=re.escape(told)):
+        finetuned(pruned, optimizer=pruned / "moments.safetensors")
 
 
 # ---------------------------------------------------------------- several processes

@@ -145,7 +145,7 @@ def script(name, *words, folder=None):
         ({"--calibration": "results/iter1/tier_map.safetensors"}, "norms found"),
         (
             {"--calibration": "results/iter1/calibration.safetensors"},
-            "calibration of another model than the tier map's",
+            "not the calibration of the tier map's model",
         ),
         ({"--model": "nowhere"}, "nowhere: is not a folder"),
         ({"--tier-map": "schedule.csv"}, "not a readable"),

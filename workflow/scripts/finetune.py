@@ -13,14 +13,21 @@ from torch import Tensor
 from stepdown import cli
 from stepdown.errors import UserError
 from stepdown.files import check_length, weight_files, write_json
-from stepdown.models.checkpoint import Checkpoint, load_tensors, pass_on_checkpoint, rewrite_checkpoint, save_tensors
+from stepdown.models.checkpoint import (
+    Checkpoint,
+    check_identity,
+    load_tensors,
+    pass_on_checkpoint,
+    rewrite_checkpoint,
+    save_tensors,
+)
 from stepdown.models.decoder import choose_device, open_decoder
 from stepdown.models.linears import as_linears_
-from stepdown.models.step_masks import StoredMasks, read_step_masks
+from stepdown.models.step_masks import StepMasks, StoredMasks, read_step_masks
 from stepdown.models.stored_names import stored_names
 from stepdown.plan.training_memory import check_memory, read_model_size
 from stepdown.recover.processes import check_processes, is_first, run_in_processes
-from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, MEMORY, METHODS, RecoverySettings
+from stepdown.recover.settings import LEARNING_RATE_SCHEDULES, MEMORY, METHODS, MOMENTS, RecoverySettings
 from stepdown.text import parse_text, training_windows
 
 # Imported where a model is trained: zero epochs do not wait for them.
@@ -39,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     step = read_step_masks(arguments.masks, checkpoint)
     if arguments.epochs == 0:
         if arguments.output_optimizer:
-            save_tensors(_read_moments(arguments.optimizer), arguments.output_optimizer, step.identity)
+            save_tensors(_read_moments(arguments.optimizer, step), arguments.output_optimizer, step.identity)
         pass_on_checkpoint(arguments.model, arguments.output_model)
         _write_log(arguments, epochs=0, tokens=0, steps=0, best_step=0, log=[])
         return
@@ -94,7 +101,7 @@ def _finetune(
         state,
         device,
         teacher,
-        _read_moments(arguments.optimizer, rows),
+        _read_moments(arguments.optimizer, step, rows),
         tensorboard=arguments.tensorboard,
         adapter=arguments.output_adapter,
         keep_moments=arguments.output_optimizer is not None,
@@ -165,9 +172,16 @@ def _read_text(arguments: argparse.Namespace, iteration: int) -> tuple[Tensor, T
     return windows.repeat(-(-count // len(windows)), 1)[:count], evaluation
 
 
-def _read_moments(path: Path | None, rows: Callable[[int], slice] = _all_rows) -> dict[str, Tensor]:
-    """What the optimizer of the step before remembers, those rows of it; nothing before the first."""
-    return load_tensors(path, rows)[0] if path else {}
+def _read_moments(path: Path | None, step: StepMasks, rows: Callable[[int], slice] = _all_rows) -> dict[str, Tensor]:
+    """What the optimizer of the iteration before a step remembers, those rows of it; nothing before the first."""
+    if path is None:
+        return {}
+    moments, metadata = load_tensors(path, rows)
+    if any(name.rpartition(" ")[2] not in MOMENTS for name in moments):
+        raise UserError(f"{path}: holds no moments of an optimizer; give what --output-optimizer wrote the step before")
+    due = step.identity | {"iteration": str(step.iteration - 1)}
+    check_identity(path, "the moments of the step before", metadata, due)
+    return moments
 
 
 def _own_names(stored: dict[str, str]) -> dict[str, str]:

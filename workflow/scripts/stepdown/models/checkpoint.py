@@ -153,6 +153,13 @@ class Checkpoint:
         return known or {"base_model": self.content_hash(), "iteration": "0"}
 
 
+def check_identity(path: Path | str, kind: str, found: Mapping[str, str], due: Mapping[str, str]) -> None:
+    """Raise `UserError` unless what a file says of itself is the identity of the model that it is to be of."""
+    if any(found.get(key) != value for key, value in due.items()):
+        told, expected = (f"iteration {of.get('iteration')} of {of.get('base_model', '')[:12]}" for of in (found, due))
+        raise UserError(f"{path}: not {kind} ({told}, not {expected}); give what was written for this model")
+
+
 def _index_metadata(folder: Path) -> dict:
     index = folder / INDEX_NAME
     metadata = read_json_object(index).get("metadata") if index.is_file() else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cli import log
 from ..errors import UserError
 from ..files import check_length
-from ..models.checkpoint import load_tensors
+from ..models.checkpoint import check_identity, load_tensors
 from ..models.decoder import Decoder, open_decoder
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap
@@ -132,13 +132,7 @@ def as_tensors(calibration: Calibration) -> dict[str, Tensor]:
 def read_calibration(path: Path | str, tier_map: TierMap, with_gradients: bool) -> Calibration:
     """What calibrate.py wrote; raises `UserError` unless it is of the tier map's model and covers its matrices."""
     tensors, metadata = load_tensors(path)
-    found, due = ([of.get(key) for key in ("iteration", "base_model")] for of in (metadata, tier_map.identity))
-    if found != due:
-        told, expected = (f"{iteration} of {str(base_model)[:12]}" for iteration, base_model in (found, due))
-        raise UserError(
-            f"{path}: calibration of another model than the tier map's (iteration {told}, not {expected}); give what"
-            " calibrate.py wrote for this one"
-        )
+    check_identity(path, "the calibration of the tier map's model", metadata, tier_map.identity)
     norms, gradients = {}, {}
     for name, (rows, columns) in tier_map.shapes.items():
         norms[name] = _found(tensors, name, columns, "norms", path)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 METHODS = ("full", "lora")
 MEMORY = ("full", "low")
+# What AdamW keeps of a parameter.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Our names of the learning-rate schedules, and the Trainer's.
 LEARNING_RATE_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

@@ -17,11 +17,9 @@ from ..memory import give_back_freed
 from ..models.checkpoint import load_tensors, save_tensors
 from ..tensors.masks import as_bits, from_bits
 from .distillation import Distillation
+from .settings import MOMENTS
 from .sharding import beside, load_optimizer, load_weights, local, own_parameters, save_optimizer, save_weights
 from .training_callbacks import Bar, FiniteLoss
-
-# What AdamW keeps of a parameter.
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Windows(torch.utils.data.Dataset):
@@ -87,11 +85,20 @@ class MaskedTrainer(Trainer):
     def create_optimizer(self, *arguments, **keywords) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments, **keywords)
         optimizer.register_step_post_hook(self._mask_weights)
+        self._check_moments()
         for name, parameter in self.model.named_parameters():
             state = {key: self._moments[f"{name} {key}"] for key in MOMENTS if f"{name} {key}" in self._moments}
             if state:
                 optimizer.state[parameter] = {key: beside(value, parameter) for key, value in state.items()}
         return optimizer
+
+    def _check_moments(self) -> None:
+        shapes = {name: local(parameter).shape for name, parameter in self.model.named_parameters()}
+        for moment, values in self._moments.items():
+            name, _, key = moment.rpartition(" ")
+            if name not in shapes or (key != "step" and values.shape != shapes[name]):
+                told = f"{moment} {list(values.shape)} is of no parameter that is trained here"
+                raise UserError(f"--optimizer: {told}; give what was written for this model")
 
     def _save(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save what is trained, by the model's own names, and nothing that a library could refuse to save."""
