@@ -1,5 +1,7 @@
 """What scripts are told by hand: a wrong number is one line that says what to write, and exit code 1."""
 
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,33 @@ def test_a_prompt_that_is_measured_shorter_is_told(tmp_path):
     command = [sys.executable, SCRIPTS / "measure.py", *words, "--output", tmp_path / "measurements.json"]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0 and "no place for 2000 and 2 tokens: measured with 1022 and 2" in found.stderr
+
+
+BEGINNING = "import argparse, shutil; from stepdown import cli, files; cli.run(lambda _: "
+END = ", argparse.ArgumentParser())"
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("files.atomic_write('table', 'rows')", "table: could not be written (File too large); is the disk full?"),
+        ("files.atomic_write('folder', 'rows')", "folder: is a folder; name a file"),
+        ("shutil.copyfile('source', 'copy')", "copy: File too large"),
+        ("cli.tell('rows')", "standard output: could not be written (No space left on device)"),
+    ],
+)
+def test_what_could_not_be_written_is_named(written, told, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "source").write_text("rows")
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", BEGINNING + written + END],
+            **{"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(SCRIPTS)}, "text": True},
+            **{"stdout": full, "stderr": subprocess.PIPE},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1)),
+        )
+    assert (found.returncode, found.stderr) == (1, f"error: {told}\n")
+    assert not (tmp_path / "table").exists() and not list(tmp_path.glob("*.partial"))
 
 
 def import_bundled(source, target):

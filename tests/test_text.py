@@ -111,7 +111,7 @@ def test_jsonl_and_parquet_give_their_column_text(tmp_path):
         ("a.txt", b" \n\n", ["a.txt", "train", "empty"]),
         ("a.txt", b"good \xff bad", ["a.txt", "not UTF-8 at byte 5"]),
         ("a.csv", b"text\n", [".csv", ".jsonl, .parquet, .txt, .tokens, .md"]),
-        ("a.jsonl", b'{"text": "a"}\n\n{"texts": "b"}\n', ["a.jsonl", "row 3", "'text'"]),
+        ("a.jsonl", b'{"text": "a"}\n\n{"texts": "b"}\n', ["a.jsonl", "row 3", "'text' (keys: texts);"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": 7}\n', ["row 2"]),
         ("a.jsonl", b'{"text": "a"}\n["text"]\n', ["row 2"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', ["row 2", "not JSON"]),
@@ -134,9 +134,10 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, name, content, 
 
 def test_a_parquet_file_without_the_column_or_a_value_is_told(tmp_path):
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"content": ["a"]}), path)
-    with pytest.raises(UserError, match="no column 'text'"):
-        text.load_documents(str(path), "train")
+    for names in (["content", "id"], ["text", "id", "text"]):
+        parquet.write_table(pyarrow.table([["a"]] * len(names), names=names), path)
+        with pytest.raises(UserError, match=f"no single column 'text', only {', '.join(names)}; rename"):
+            text.load_documents(str(path), "train")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(UserError, match="row 2"):
         text.load_documents(str(path), "train")

@@ -446,6 +446,8 @@ def test_results_that_lead_nowhere(tmp_path):
     assert "results: links to" in error_of(preflight.check_writable, tmp_path / "results")
     (tmp_path / "disk").mkdir()
     preflight.check_writable(tmp_path / "results")
+    (tmp_path / "file").touch()
+    assert "file: is a file, where a run has a folder" in error_of(preflight.check_writable, tmp_path / "file")
 
 
 @pytest.mark.parametrize("step", ["quantised/int8/iter01", "quantised/int8/iter00", "dynamic/uniform-0.5/iter٣"])

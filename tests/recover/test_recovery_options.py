@@ -105,6 +105,13 @@ def test_a_teacher_is_held_in_half_the_memory(pruned):  # noqa: F811
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_a_teacher_that_is_not_whole_is_named(pruned):  # noqa: F811
+    shutil.copytree(pruned / "pruned_model", pruned / "teacher")
+    os.truncate(pruned / "teacher/model.safetensors", 5000)
+    with pytest.raises(UserError, match=r"teacher/model\.safetensors: truncated or damaged \(5000 bytes"):
+        load_teacher(pruned / "teacher")
+
+
 # ---------------------------------------------------------------- adapters
 
 

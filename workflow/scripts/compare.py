@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> None:
     with style():
         atomic_write(arguments.output_figure, as_svg(figures.comparison(results)))
     texts = [comparison.as_text(table, text) for text in results]
-    print("\n\n".join(filter(None, [*texts, comparison.sizes_as_text(table)])))
+    cli.tell("\n\n".join(filter(None, [*texts, comparison.sizes_as_text(table)])))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from stepdown.report.steps import read_results
 def main(arguments: argparse.Namespace) -> None:
     results = read_results(arguments.evals)
     atomic_write(arguments.output, summary.table(results).to_csv(lineterminator="\n"))
-    print(summary.as_text(results))
+    cli.tell(summary.as_text(results))
     if conclusion := summary.verdict(results):
-        print(f"\n{conclusion}")
+        cli.tell(f"\n{conclusion}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         log.error("error: %s", error)
         sys.exit(1)
     except OSError as error:
-        log.error("error: %s: %s", error.filename or parser.prog, error.strerror or error)
+        # Of a copy the second is the one that could not be written.
+        log.error("error: %s: %s", error.filename2 or error.filename or parser.prog, error.strerror or error)
         log.debug("traceback", exc_info=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -43,6 +44,16 @@ def _refuse(message: str) -> NoReturn:
     """Instead of the usage, which is many lines."""
     print(f"error: {message} (--help tells what there is)", file=sys.stderr)
     sys.exit(1)
+
+
+def tell(result: str) -> None:
+    """Print a result, perhaps to a file on a disk that is full."""
+    try:
+        print(result, flush=True)
+    except OSError as error:
+        # Python writes what is left as it ends, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: could not be written ({error.strerror})") from None
 
 
 def whole_number(least: int = 1) -> Callable[[str], int]:

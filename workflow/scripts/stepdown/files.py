@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and files of others looked at from outside. Standard library only."""
 
+import errno
 import hashlib
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 
@@ -22,23 +23,37 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 # Half a character: JSON can write it (`\ud83d`), no encoding can, and no tokenizer takes it.
 SURROGATE = re.compile("[\ud800-\udfff]")
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What JSON has to be like: of a type, the very text, a list of a form, or an object with a form under each key; under
 # `str` that of all its other keys, of which one at least there has to be where no key is named.
 Form = type | UnionType | str | list | dict
 NUMBER = int | float
 
 
-def atomic_write(path: Path | str, text: str) -> None:
-    """Write `text` under a temporary name and rename it, so that nobody ever sees half a file."""
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """A temporary name to write a file under, which has its own at the end: nobody ever sees half of it, and nothing is
+    left of it on an error. Raises `UserError` where a folder has the name, and on a full disk."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
-    except BaseException:
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UserError(f"{path}: could not be written ({error.strerror}); is the disk full?") from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def atomic_write(path: Path | str, text: str) -> None:
+    """Write `text` to a file, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path | str, content: object) -> None:

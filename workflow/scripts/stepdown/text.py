@@ -301,7 +301,7 @@ def _jsonl_rows(file: Path) -> list[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"text {file}: row {number} is not JSON: {error}") from None
-            rows.append(_text_of(row.get("text") if isinstance(row, dict) else None, file, number))
+            rows.append(_text_of(row if isinstance(row, dict) else {}, file, number))
     replaced = [SURROGATE.subn("\ufffd", row) for row in rows]
     if count := sum(number for _, number in replaced):
         log.warning("text %s: %d lone surrogates are no characters; each is read as U+FFFD", file, count)
@@ -314,18 +314,18 @@ def _parquet_rows(file: Path) -> list[str]:
 
     try:
         table = parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"text {file}: has no column 'text'; rename the one that holds the text")
+        if (names := table.schema_arrow.names).count("text") != 1:
+            raise UserError(f"text {file}: no single column 'text', only {', '.join(names):.90}; rename what holds it")
         values = table.read(columns=["text"])["text"].to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"text {file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    return [_text_of(value, file, number) for number, value in enumerate(values, start=1)]
+    return [_text_of({"text": value}, file, number) for number, value in enumerate(values, start=1)]
 
 
-def _text_of(value: object, file: Path, number: int) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"text {file}: row {number} has no string under 'text'; mend or remove the row")
-    return value
+def _text_of(row: dict, file: Path, number: int) -> str:
+    if not isinstance(text := row.get("text"), str):
+        raise UserError(f"text {file}: row {number}: no string under 'text' (keys: {', '.join(row):.90}); mend the row")
+    return text
 
 
 # The Hugging Face hub

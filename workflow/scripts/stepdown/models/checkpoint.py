@@ -243,7 +243,7 @@ def write_checkpoint(
         for file in side_files(source):
             shutil.copyfile(file, folder / file.name)
         for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            atomic_write(folder / name, text)
         weight_map, total_size = {}, 0
         for shard, tensors in shards:
             tensors |= {name: tensors[name].T for name in transposed.intersection(tensors)}

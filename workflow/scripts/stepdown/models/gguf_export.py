@@ -5,8 +5,8 @@ weights has a scale and no offset.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..cli import log, progress
 from ..errors import UserError
+from ..files import written_whole
 from ..plan.gguf_families import gguf_architecture
 from .decoder import Decoder, open_decoder
 from .gguf_tokenizer import add_tokenizer
@@ -44,21 +45,13 @@ def export_gguf(folder: Path, file: Path, values: str) -> None:
     decoder = open_decoder(folder, "cpu")
     check_layers(decoder)
     kind, file_type = VALUES[values]
-    partial = file.with_name(file.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture)
-    try:
+    with written_whole(file) as partial, closing(gguf.GGUFWriter(partial, architecture)) as writer:
         add_configuration(writer, decoder.model.config, architecture)
         writer.add_file_type(file_type)
         add_tokenizer(writer, folder, rows=decoder.model.config.vocab_size)
         entries = list(_entries(decoder, architecture, kind))
         check_kind(entries, kind, folder)
         _write(writer, entries)
-        writer.close()
-        os.replace(partial, file)
-    except BaseException:
-        writer.close()
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)

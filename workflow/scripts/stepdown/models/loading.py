@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from ..cli import collecting_no_garbage, log
 from ..errors import UserError
+from ..files import has_only_pickles, safetensors_header, weight_files
 from .checkpoint import beside_layers
 
 # Of a reason; some libraries write pages.
@@ -22,6 +23,9 @@ UNUSUAL = "Zwölf, \N{GRINNING FACE}\n"
 
 def load_model(folder: Path | str, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a folder with its weights; `auto` is the type they are stored in."""
+    # transformers does not say which file is not whole.
+    for file in [] if has_only_pickles(Path(folder)) else weight_files(folder):
+        safetensors_header(file)
 
     def load(config: PretrainedConfig) -> nn.Module:
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}

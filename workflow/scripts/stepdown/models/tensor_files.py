@@ -1,8 +1,6 @@
 """Safetensors files: any part of a tensor read by itself, tensors written one at a time, whole files or none."""
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import safetensors_header
+from ..files import safetensors_header, written_whole
 
 CHUNK_BYTES = 1 << 24
 # What safetensors calls the types, in the order in which it lays them out: no tensor then starts at an odd place.
@@ -33,21 +31,10 @@ def save_tensors(
 
     ready: makes of a tensor what is written, of the same shape and type, when its turn comes: see `in_file_order`.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(tensors, metadata))
-            for name in in_file_order(tensors):
-                file.write(_bytes(ready(tensors[name])))
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(f"{path}: could not be written ({error.strerror}); is the disk full?") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        file.write(_header(tensors, metadata))
+        for name in in_file_order(tensors):
+            file.write(_bytes(ready(tensors[name])))
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -197,6 +197,8 @@ def check_writable(*folders: Path) -> None:
         if folder.is_symlink() and not folder.exists():
             told = f"links to {os.readlink(folder)}, which is not there"
             raise UserError(f"{folder}: {told}; mount it or remove the link")
+        if folder.is_file():
+            raise UserError(f"{folder.resolve()}: is a file, where a run has a folder; rename it, or run elsewhere")
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder.resolve()}: no permission to write here; change it, or run in another folder")
 
