@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow/scripts"))
 
 from stepdown import cli
 from stepdown.errors import UserError
+from stepdown.files import NUMBER, read_result
 from stepdown.plan.schedule import Row, read_schedule
-from stepdown.report.steps import MOMENTS, contents
+from stepdown.report.steps import MOMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_SHOT = "oneshot/three-tier"
@@ -126,12 +127,10 @@ def run(variant: Variant, seed: int, folder: Path, configfiles: list[Path], core
 
 def perplexities(path: Path) -> list[tuple[str, str, float]]:
     """Text, moment and perplexity of an evaluation."""
-    with contents(path, "an evaluation") as record:
-        return [
-            (text, moment, float(value))
-            for text, found in record["perplexity"].items()
-            for moment, value in found.items()
-        ]
+    record = read_result(path, "an evaluation", {"perplexity": {str: {str: NUMBER}}})
+    return [
+        (text, moment, float(value)) for text, found in record["perplexity"].items() for moment, value in found.items()
+    ]
 
 
 def table(figures: pd.DataFrame) -> pd.DataFrame:

@@ -39,18 +39,17 @@ def export_gguf(folder: Path, file: Path, values: str) -> None:
     """Write the model and the tokenizer of a folder as a GGUF file, one tensor in memory at a time.
 
     values: one of `VALUES`. Vectors are float32, and in Q8_0 a matrix whose rows are no whole blocks of 32 is bf16.
-    Raises `UserError` for a family, a tokenizer or sizes that cannot be written, and leaves nothing half-written.
+    Raises `UserError` for a family or a tokenizer that cannot be written, and leaves nothing half-written.
     """
     architecture = gguf_architecture(folder)
     decoder = open_decoder(folder, "cpu")
     check_layers(decoder)
-    kind, file_type = VALUES[values]
+    kind, _ = VALUES[values]
     with written_whole(file) as partial, closing(gguf.GGUFWriter(partial, architecture)) as writer:
         add_configuration(writer, decoder.model.config, architecture)
-        writer.add_file_type(file_type)
-        add_tokenizer(writer, folder, rows=decoder.model.config.vocab_size)
         entries = list(_entries(decoder, architecture, kind))
-        check_kind(entries, kind, folder)
+        writer.add_file_type(_file_type(entries, values))
+        add_tokenizer(writer, folder, rows=decoder.model.config.vocab_size)
         _write(writer, entries)
 
 
@@ -81,14 +80,14 @@ def _entries(decoder: Decoder, architecture: str, kind: gguf.GGMLQuantizationTyp
         yield Entry(own, shape, stored_as, read)
 
 
-def check_kind(entries: list[Entry], kind: gguf.GGMLQuantizationType, folder: Path) -> None:
-    """Says what of the matrices is not of the kind that was asked for; raises `UserError` where none is."""
-    others = [entry for entry in entries if len(entry.shape) > 1 and entry.kind != kind]
-    if others and not any(entry.kind == kind for entry in entries):
-        raise UserError(f"{folder}: no matrix has rows of whole blocks of 32, as {kind.name} has them; write bf16")
-    if others:
+def _file_type(entries: list[Entry], values: str) -> gguf.LlamaFileType:
+    """What the file is called by its matrices; says which of them are of another kind than was asked for."""
+    kind, file_type = VALUES[values]
+    matrices = [entry for entry in entries if len(entry.shape) > 1]
+    if others := [entry for entry in matrices if entry.kind != kind]:
         first, row = others[0].name, others[0].shape[-1]
         log.warning("%d matrices stay bf16: their rows are no whole blocks of 32, as %s of %d", len(others), first, row)
+    return file_type if len(others) < len(matrices) else VALUES["bf16"][1]
 
 
 def _write(writer: gguf.GGUFWriter, entries: list[Entry]) -> None:
