@@ -186,11 +186,15 @@ def shard_of(name: str) -> str:
 def beside_layers(names: Iterable[str], used: Iterable[str], left_out: Iterable[str] | None = None) -> list[str]:
     """Those of the names that belong to layers beside the ones that the used names belong to, but for those of patterns
     that a family leaves out."""
-    names = [name for name in names if not any(re.search(pattern, name) for pattern in left_out or ())]
     layers = {shard_of(name) for name in used}
     lists = {layer.rpartition(".")[0] for layer in layers}
-    found = ((name, shard_of(name)) for name in sorted(names))
+    found = ((name, shard_of(name)) for name in sorted(without(names, left_out)))
     return [name for name, layer in found if layer not in layers and layer.rpartition(".")[0] in lists]
+
+
+def without(names: Iterable[str], left_out: Iterable[str] | None) -> list[str]:
+    """The names but for those of patterns that a family leaves out."""
+    return [name for name in names if not any(re.search(pattern, name) for pattern in left_out or ())]
 
 
 def rewrite_checkpoint(

@@ -1,6 +1,5 @@
 """A packed folder as a Hugging Face model whose linears run packed."""
 
-import re
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from torch import nn
 from ..cli import log, progress
 from ..errors import UserError
 from ..files import read_json_object
-from ..models.checkpoint import REST, beside_layers, check_finite, shard_of
+from ..models.checkpoint import REST, beside_layers, check_finite, shard_of, without
 from ..models.decoder import build_empty, choose_device, head_name, types_of
 from ..models.linears import as_linears_, computes_as_linear, linear_of, replace_module
 from ..models.loading import told_in_one_line
@@ -114,8 +113,7 @@ def _weights_in_layers(model: nn.Module, unused: Set[str], used: set[str]) -> li
     layers = {shard_of(name) for name in used} - {REST}
     owners = {name.removesuffix(".weight") for name in unused | used if name.endswith(".weight")}
     found = [name for name in unused if shard_of(name) in layers and name.rpartition(".")[0] in owners]
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
-    return [name for name in found if not any(re.search(pattern, name) for pattern in patterns)]
+    return without(found, model._keys_to_ignore_on_load_unexpected)
 
 
 def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str, place: torch.device) -> None:
