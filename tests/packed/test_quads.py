@@ -1,5 +1,7 @@
 """Quads: every TopK weight is in one of them, where the kernel looks for it."""
 
+import struct
+
 import pytest
 import torch
 from three_tiers import random_three_tier
@@ -9,36 +11,51 @@ from stepdown.packed.quads import BLOCKS, MORE, top_k_quads
 from stepdown.tensors.tiers import Tier
 
 
+def read(quads, start):
+    """The quad that begins there: blocks, filled, values, columns, and where the next begins."""
+    stream = quads.numpy().tobytes()
+    *blocks, vectors, weights = struct.unpack_from("<6H", stream, start)
+    filled = struct.unpack_from(f"<{vectors}I", stream, start + 12)
+    start += 12 + 4 * vectors
+    values = quads[start : start + 2 * weights].clone().view(torch.bfloat16).tolist()
+    columns = quads[start + 2 * weights : start + 3 * weights].tolist()
+    return blocks, filled, values, columns, -(-(start + 3 * weights) // 4) * 4
+
+
 @pytest.mark.parametrize(("shape", "k"), [((96, 160), 10), ((40, 500), 1), ((64, 96), 256), ((32, 4096), 10)])
 def test_every_weight_is_where_the_kernel_looks(shape, k):
     weight, tiers = random_three_tier(shape, k, seed=1)
     matrix = pack(weight, tiers, k)
-    quads = top_k_quads(matrix.tiers, matrix.top_k, matrix.top_k_positions)
+    quads, before = top_k_quads(matrix.tiers, matrix.top_k, matrix.top_k_positions)
 
     found = torch.zeros(matrix.tiers.shape).repeat_interleave(16, 0).repeat_interleave(16, 1)
     for strip in range(len(tiers)):
-        for quad in range(quads.quads_before[strip], quads.quads_before[strip + 1]):
-            place, first = quads.starts[quad].tolist()
-            for filled in quads.filled[first : quads.starts[quad + 1, 1]].tolist():
-                for lane in (lane for lane in range(32) if filled >> lane & 1):
-                    which, column = divmod(int(quads.columns[place]), 16)
-                    block = int(quads.blocks[quad, which])
-                    assert tiers[strip, block] == Tier.TOP_K
-                    found[16 * strip + lane // 2, 16 * block + column] += quads.values[place]
-                    place += 1
-            assert place == quads.starts[quad + 1, 0]
+        start = int(before[strip, 1])
+        for _ in range(before[strip, 0], before[strip + 1, 0]):
+            blocks, filled, values, columns, start = read(quads, start)
+            kept = iter(zip(values, columns, strict=True))
+            for vector in filled:
+                for lane in (lane for lane in range(32) if vector >> lane & 1):
+                    value, (which, column) = (one := next(kept))[0], divmod(one[1], 16)
+                    assert tiers[strip, blocks[which]] == Tier.TOP_K
+                    found[16 * strip + lane // 2, 16 * blocks[which] + column] += value
+            assert next(kept, None) is None
+        assert start == before[strip + 1, 1]
 
     top_k = (tiers == Tier.TOP_K).repeat_interleave(16, 0).repeat_interleave(16, 1)[: shape[0], : shape[1]]
     assert torch.equal(found[: shape[0], : shape[1]], weight * top_k)
-    assert not quads.values[-MORE:].any()
-    assert int(quads.quads_before[-1]) == sum(-(-int(count) // BLOCKS) for count in (tiers == Tier.TOP_K).sum(1))
+    assert len(quads) == before[-1, 1] + MORE and not quads[-MORE:].any()
+    assert int(before[-1, 0]) == sum(-(-int(count) // BLOCKS) for count in (tiers == Tier.TOP_K).sum(1))
 
 
 def test_in_a_strip_quads_of_most_vectors_come_first():
     weight, tiers = random_three_tier((32, 8192), 10, tiers=torch.full((2, 512), int(Tier.TOP_K), dtype=torch.uint8))
     matrix = pack(weight, tiers, 10)
-    quads = top_k_quads(matrix.tiers, matrix.top_k, matrix.top_k_positions)
-    vectors = quads.starts[:, 1].diff()
-    for first, end in zip(quads.quads_before[:-1], quads.quads_before[1:], strict=True):
-        assert (vectors[first:end].diff() <= 0).all()
-        assert len(vectors[first:end].unique()) > 1
+    quads, before = top_k_quads(matrix.tiers, matrix.top_k, matrix.top_k_positions)
+    for strip in range(2):
+        vectors, start = [], int(before[strip, 1])
+        while start < before[strip + 1, 1]:
+            _, filled, *_, start = read(quads, start)
+            vectors.append(len(filled))
+        assert vectors == sorted(vectors, reverse=True)
+        assert len(set(vectors)) > 1

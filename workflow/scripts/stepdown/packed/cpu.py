@@ -44,8 +44,7 @@ class _Matrix(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("dense", "two_four", "positions", "top_k", "top_k_positions", "columns", "starts", "bias"),
-            *("quad_values", "quad_columns", "quad_filled", "quad_blocks", "quad_starts", "quads_before"),
-            *("dense_codes", "two_four_codes", "code_positions"),
+            *("quads", "quads_before", "dense_codes", "two_four_codes", "code_positions"),
             *("dense_multiples", "two_four_multiples", "scales"),
         )
     ]
@@ -70,7 +69,7 @@ class CpuMultiply:
             codes = *blocks, matrix.dense_multiples, matrix.two_four_multiples, scales
             blocks, bits, top_k = (None, None, None), matrix.bits, top_k_before_scales(matrix)
         positions = matrix.top_k_positions
-        quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None,) * 6
+        quads = top_k_quads(matrix.tiers, top_k, positions) if self.avx512 else (None, None)
         columns, starts = strip_layout(matrix.tiers)
         parts = (*blocks, top_k, positions, columns.to(torch.uint16), starts, bias, *quads)
         # Held, since the kernel knows addresses only.

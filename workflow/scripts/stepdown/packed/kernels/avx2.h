@@ -35,7 +35,6 @@ template <int R> struct Strip256 {
     static constexpr int ROWS = R;
     static constexpr bool WAITS = R < 4;
     static Run top_k(const Matrix &m, int64_t strip) { return run_of(m, strip, 2); }
-    static int64_t due(int64_t turns, int64_t, int64_t count) { return std::min(turns, count); }
 };
 
 template <int R> struct Floats256 : Strip256<R> {
@@ -108,13 +107,14 @@ template <int R> struct Rows {
     typedef float type __attribute__((vector_size(4 * R), aligned(4), may_alias));
 };
 
-// One block, its weights one by one, to sums of their own: [16 outputs][R]; bf16 in either case.
+// One block, its weights one by one, to sums of their own: [16 outputs][R]; bf16 in either case. Goes on to the next.
 template <int R>
-AVX2_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Strip256<R> &, float *sums) {
+AVX2_INLINE void add_top_k(const Matrix &m, Run &run, Input in, Strip256<R> &, float *sums) {
     using Row = typename Rows<R>::type;
-    const bf16 *values = m.top_k + (run.first + step) * m.k;
-    const uint8_t *positions = m.top_k_positions + (run.first + step) * m.k;
-    const float *x = in.wide + run.columns[step] * int64_t(B * R);
+    const bf16 *values = m.top_k + run.first * m.k;
+    const uint8_t *positions = m.top_k_positions + run.first * m.k;
+    const float *x = in.wide + *run.columns * int64_t(B * R);
+    ++run.first, ++run.columns;
     for (int64_t j = 0; j < m.k; ++j) {
         const Row *column = (const Row *)(x + (positions[j] >> 4) * R);
         Row *sum = (Row *)(sums + (positions[j] & 15) * R);

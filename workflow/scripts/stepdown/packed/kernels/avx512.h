@@ -22,11 +22,10 @@ template <int R, int CHAINS> struct Strip512 {
     static constexpr int ROWS = R;
     static constexpr bool WAITS = R <= 4; // for memory: with few rows of x
     __m512 of[CHAINS][R];
-    // TopK blocks come four at a time: few steps, which are spread among all turns.
     static Run top_k(const Matrix &m, int64_t strip) {
-        return {m.quads_before[strip], m.quads_before[strip + 1] - m.quads_before[strip]};
+        const int64_t *before = m.quads_before + 2 * strip;
+        return {before[1], before[2] - before[0]};
     }
-    static int64_t due(int64_t turns, int64_t all, int64_t count) { return (turns * count + all - 1) / all; }
 };
 
 // Enough of them to hide the latency of one.
@@ -94,16 +93,25 @@ AVX512_INLINE __m512i side_by_side(const bf16 *left, const bf16 *right) {
     return _mm512_inserti64x4(both, _mm256_loadu_si256((const __m256i *)right), 1);
 }
 
-// TopK blocks, a few weights, are bf16 in either case.
+// In a register: GCC would have the next instruction read memory itself, which what expands does slowly on AMD's.
+template <class Vector> AVX512_INLINE Vector loaded(Vector vector) {
+    asm("" : "+v"(vector));
+    return vector;
+}
+
+// TopK blocks, a few weights, are bf16 in either case. Goes on to the next quad.
 template <int R, int CHAINS>
-AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, Strip512<R, CHAINS> &total, float *) {
-    const int64_t quad = run.first + step;
-    const uint16_t *blocks = m.quad_blocks + 4 * quad;
-    const int32_t *start = m.quad_starts + 2 * quad, *end = start + 2;
-    const bf16 *values = m.quad_values + start[0];
-    const uint8_t *columns = m.quad_columns + start[0];
-    fetch<128, AHEAD_OF_POSITIONS>(values), fetch<64, AHEAD_OF_POSITIONS>(columns);
-    fetch<64, AHEAD_OF_POSITIONS>(m.quad_filled + start[1]);
+AVX512_INLINE void add_top_k(const Matrix &m, Run &run, Input in, Strip512<R, CHAINS> &total, float *) {
+    const Quad &quad = *(const Quad *)(m.quads + run.first);
+    const uint32_t *filled_of = (const uint32_t *)(&quad + 1);
+    const bf16 *values = (const bf16 *)(filled_of + quad.vectors);
+    const uint8_t *columns = (const uint8_t *)(values + quad.weights);
+    fetch<192, AHEAD_OF_POSITIONS>(&quad);
+    run.first += quad.bytes();
+    // Rows of x that the first-level cache does not hold, and that nothing foresees.
+    if (R >= 8)
+        for (const uint16_t block : ((const Quad *)(m.quads + run.first))->blocks)
+            fetch<2 * B * R, 0>(in.x + block * int64_t(R * B));
     // As many rows of x as there are registers for, so that weights and where they stand are read once for them.
     constexpr int AT_ONCE = std::min(R, 4);
 #pragma GCC unroll 4
@@ -111,13 +119,14 @@ AVX512_INLINE void add_top_k(const Matrix &m, Run run, int64_t step, Input in, S
         __m512i left[AT_ONCE], right[AT_ONCE];
 #pragma GCC unroll 4
         for (int n = 0; n < AT_ONCE; ++n) {
-            const auto at = [&](int block) { return in.x + (blocks[block] * int64_t(R) + from + n) * B; };
+            const auto at = [&](int block) { return in.x + (quad.blocks[block] * int64_t(R) + from + n) * B; };
             left[n] = side_by_side(at(0), at(1)), right[n] = side_by_side(at(2), at(3));
         }
-        for (int64_t v = start[1], done = 0; v < end[1]; ++v) {
-            const __mmask32 filled = m.quad_filled[v];
-            const __m512bh weights = as_bh(_mm512_maskz_expand_epi16(filled, _mm512_loadu_si512(values + done)));
-            const __m256i packed = _mm256_loadu_si256((const __m256i *)(columns + done));
+        for (int64_t v = 0, done = 0; v < quad.vectors; ++v) {
+            const __mmask32 filled = filled_of[v];
+            const __m512i kept = loaded(_mm512_loadu_si512(values + done));
+            const __m512bh weights = as_bh(_mm512_maskz_expand_epi16(filled, kept));
+            const __m256i packed = loaded(_mm256_loadu_si256((const __m256i *)(columns + done)));
             const __m512i index = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(filled, packed));
             done += __builtin_popcount(filled);
 #pragma GCC unroll 4

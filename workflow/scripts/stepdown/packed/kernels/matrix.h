@@ -24,15 +24,10 @@ struct Matrix {
     const uint16_t *columns;        // [strips][block columns]: where the strip's blocks stand, Dense, 2:4, TopK
     const int64_t *starts;          // [strips + 1][3]: blocks of each tier in the strips before
     const bf16 *bias;               // [outputs] or null
-    // TopK blocks four at a time, for AVX-512: quads.py.
-    const bf16 *quad_values;        // [TopK blocks][k], and 31 more that are read but not used
-    const uint8_t *quad_columns;    // the same: 16 * which of the four blocks + column
-    const uint32_t *quad_filled;    // [vectors]: which of [16 rows][2] have a weight
-    const uint16_t *quad_blocks;    // [quads][4]: where in the strip the blocks stand
-    const int32_t *quad_starts;     // [quads + 1][2]: weights and vectors before
-    const int64_t *quads_before;    // [strips + 1]
+    const uint8_t *quads;           // TopK blocks four at a time, for AVX-512, one `Quad` after the other
+    const int64_t *quads_before;    // [strips + 1][2]: quads, and bytes of them
     // Where `bits` is not 0, whole numbers of so many bits in place of `dense`, `two_four` and `positions`; those of
-    // TopK blocks, and with 4 bits what they are multiplied by, are in `top_k` and `quad_values` as bf16, exactly.
+    // TopK blocks, and with 4 bits what they are multiplied by, are in `top_k` and `quads` as bf16, exactly.
     const uint8_t *dense_codes;        // 8 bits: [Dense blocks][4][16 rows][4 columns]; 4: [..][2][16][4], two a byte
     const uint8_t *two_four_codes;     // 8 bits: [2:4 blocks][2][16 rows][4 kept]; 4: [..][1][16][4]
     const uint8_t *code_positions;     // [2:4 blocks][2][16 rows]: four positions of two bits
@@ -45,7 +40,16 @@ struct Matrix {
 template <int BITS> constexpr int DENSE_BYTES = 32 * BITS;
 template <int BITS> constexpr int TWO_FOUR_BYTES = 16 * BITS;
 
-// One strip's blocks of one tier.
+// quads.py
+struct Quad {
+    uint16_t blocks[4]; // where in the strip they stand
+    uint16_t vectors, weights;
+    // And then: uint32_t filled[vectors], which of [16 rows][2] have a weight; bf16 values[weights];
+    // uint8_t columns[weights], 16 * which of the blocks + column.
+    int64_t bytes() const { return (int64_t(sizeof(Quad)) + 4 * vectors + 3 * weights + 3) / 4 * 4; }
+};
+
+// One strip's blocks of one tier; of quads `first` counts bytes.
 struct Run {
     int64_t first, count;
     const uint16_t *columns = nullptr;
@@ -89,23 +93,24 @@ struct Input {
     const float *steps;  // [block columns][R]
 };
 
-// sums: float [ROWS of x][16], of one strip. One block of each tier in turn: while one waits for memory the other
-// computes. Where nothing waits, tier after tier. `Totals` says what goes on in a strip, and for how many rows of x.
+// sums: float [ROWS of x][16], of one strip. One block of each tier in turn, and those of TopK spread among all turns:
+// while one waits for memory the other computes. Where nothing waits, tier after tier. `Totals` says what goes on in a
+// strip, and for how many rows of x.
 // A macro, since what is inlined must be compiled for the same instructions, and no template can be told for which.
 #define STRIP(name, INSTRUCTIONS)                                                                                      \
     template <class Totals> INSTRUCTIONS void name(const Matrix &m, int64_t strip, Input in, float *sums) {            \
         Totals total = {};                                                                                             \
         alignas(64) float rest[B * Totals::ROWS] = {};                                                                 \
-        const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1), top_k = Totals::top_k(m, strip);        \
+        const Run dense = run_of(m, strip, 0), two_four = run_of(m, strip, 1);                                         \
+        Run top_k = Totals::top_k(m, strip);                                                                           \
         const int64_t longest = std::max({dense.count, two_four.count, top_k.count});                                  \
         const int64_t turn = Totals::WAITS ? 1 : longest;                                                              \
-        for (int64_t start = 0, step = 0; start < longest; start += turn) {                                            \
+        for (int64_t start = 0, owed = 0; start < longest; start += turn) {                                            \
             for (int64_t b = start; b < std::min(start + turn, dense.count); ++b)                                      \
                 add_dense(m, dense.first + b, in, dense.columns[b], total);                                            \
             for (int64_t b = start; b < std::min(start + turn, two_four.count); ++b)                                   \
                 add_two_four(m, two_four.first + b, in, two_four.columns[b], total);                                   \
-            for (const int64_t due = Totals::due(start + turn, longest, top_k.count); step < due; ++step)              \
-                add_top_k(m, top_k, step, in, total, rest);                                                            \
+            for (owed += turn * top_k.count; owed > 0; owed -= longest) add_top_k(m, top_k, in, total, rest);          \
         }                                                                                                              \
         store(m, strip, total, rest, sums);                                                                            \
     }
