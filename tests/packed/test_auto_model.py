@@ -68,8 +68,8 @@ def test_a_pipeline(packed):
     assert any(isinstance(module, ThreeTierLinear) for module in generate.model.modules())
     prompt = "Return the length of the"
     text = generate(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
-    inputs = AutoTokenizer.from_pretrained(packed)(prompt, return_tensors="pt")
-    theirs = load_packed(packed, device="cpu").generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    inputs = AutoTokenizer.from_pretrained(packed)(prompt, return_tensors="pt").to(generate.device)
+    theirs = load_packed(packed, device=str(generate.device)).generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     assert text == generate.tokenizer.decode(theirs, skip_special_tokens=True)
 
 

@@ -145,7 +145,7 @@ def test_a_head_is_stored_once_and_what_it_was_tied_to_stays(held, tmp_path):
     exact = load_whole(tmp_path / "model", "cpu")
     for model in (
         load_packed(tmp_path / "packed", device="cpu"),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map="cpu"),
     ):
         assert not model.config.tie_word_embeddings
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -102,7 +102,8 @@ def _train_(layer: LoadedLayer, wanted: list[Tensor], trained: dict, free: dict,
     # A share of their size: what is a step for one model's weights is none, or too long a one, for another's.
     rates = [settings.learning_rate * _root_mean_square(master) for master in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    # Fused, it needs no tensors as large as the largest matrix beside the moments.
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -112,9 +113,10 @@ def _train_(layer: LoadedLayer, wanted: list[Tensor], trained: dict, free: dict,
                 _distance(layer, batch, wanted[batch]).backward()
         for (name, parameter), master in zip(trained.items(), masters, strict=True):
             if parameter.grad is not None:
-                gradient = parameter.grad.float()
-                master.grad = gradient * free[name] if name in free else gradient
+                master.grad = parameter.grad.float()
                 parameter.grad = None
+                if name in free:
+                    master.grad *= free[name]
         optimizer.step()
         schedule.step()
         for parameter, master in zip(parameters, masters, strict=True):

@@ -152,11 +152,14 @@ def _squares(states: Tensor) -> Tensor:
 
 
 def _directions(covariance: Tensor, width: int) -> Tensor:
+    """See `principal_directions`; what is in the covariance is lost."""
     if not covariance.isfinite().all():
         raise UserError("slicegpt: a state on the calibration text is NaN or infinite; so must a weight be")
-    # The solver takes as much again as four such matrices.
+    # The solver takes as much again as three such matrices, and the eigenvectors the covariance's place.
     give_back_freed()
-    return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :width].contiguous()
+    vectors = covariance.mT
+    torch.linalg.eigh(vectors, out=(covariance.new_empty(len(covariance)), vectors))
+    return vectors[:, -width:].flip(1).contiguous()
 
 
 def _turn_states(walk: LayerWalk, matrix: Tensor) -> None:

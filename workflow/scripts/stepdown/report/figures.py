@@ -57,16 +57,9 @@ def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     _name_iterations(axes, chain)
     ends = [(members.iloc[-1], colour) for colour, members in paths]
     names = [(end.sparsity, end.finetuned, f"{end.name}: {end.finetuned:.2f}", colour) for end, colour in ends]
-    end_labels(axes, names, gap=8)
-    _name_base(axes, f"base model {base:.2f}", base)
+    end_labels(axes, [*names, (steps.sparsity.max(), base, f"base model: {base:.2f}", GREY)], gap=8)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
     axes.legend(handles=_marker_key(steps), loc="upper left", fontsize=9)
-
-
-def _name_base(axes: Axes, name: str, base: float) -> None:
-    """Below its line at the sparse end: there a model is worse; a nearly dense one may have been finetuned below it."""
-    place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
-    axes.annotate(name, (1, base), xycoords=("axes fraction", "data"), color=GREY, fontsize=9, **place)
 
 
 def _perplexity_path(axes: Axes, steps: pd.DataFrame, colour: str) -> None:
@@ -137,7 +130,11 @@ def comparison(results: Results) -> Figure:
         for (method, pattern), members in found[1:].groupby([methods, patterns], sort=False):
             _comparison_line(axes, members.sort_values("sparsity", kind="stable"), colours[method], markers[pattern])
         _perplexity_axis(axes, found)
-        _name_base(axes, f"dense {base:.2f}", base)
+        # Below its line at the sparse end: there a model is worse.
+        place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
+        axes.annotate(
+            f"dense {base:.2f}", (1, base), xycoords=("axes fraction", "data"), color=GREY, fontsize=9, **place
+        )
         axes.set_title(f"Perplexity on {text}, every run")
     panels[-1].set_xlabel("sparsity: zeros in the pruned matrices (%)")
     handles = _comparison_key(colours, markers, set(steps.tokens > 0))
