@@ -9,7 +9,6 @@ shortcut matrix Q_before' Q_after turns the residual from one into the next.
 
 import json
 from collections.abc import Iterator
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ from ..memory import give_back_freed
 from ..models.checkpoint import REST, load_tensors, save_tensors, waiting_beside, write_checkpoint
 from ..models.decoder import Decoder, load_module, unload
 from ..models.layer_walk import LayerWalk
+from ..models.linears import watching_inputs
 from ..models.sliced import FILE_NAME, FORMAT, Form, as_sliced_layer_, form_of
 from ..plan.compressions import check_sliceable
 from .layerwise import LoadedLayer, visit
-from .statistics import accumulating
 
 # Of a matrix, in float64 at a time.
 ROWS = 1024
@@ -49,9 +48,8 @@ def slice_checkpoint(
         last, files = first, {}
         for layer in visit(walk, "slice"):
             last = slice_layer_(layer, centre, last)
-            tensors = {f"{layer.name}.{key}": tensor.cpu() for key, tensor in layer.module.state_dict().items()}
             files[layer.name] = waiting / f"{layer.name}.safetensors"
-            save_tensors(tensors, files[layer.name], {})
+            _save_layer(layer, files[layer.name])
 
         def shards() -> Iterator[tuple[str, dict[str, Tensor]]]:
             for name, file in progress(files.items(), "write"):
@@ -59,6 +57,11 @@ def slice_checkpoint(
             yield from _around_layers(decoder, centre, first, last)
 
         write_checkpoint(decoder.checkpoint.folder, target, shards(), identity, texts=_texts(decoder, width))
+
+
+def _save_layer(layer: LoadedLayer, file: Path) -> None:
+    parts = layer.module.state_dict().items()
+    save_tensors({f"{layer.name}.{key}": part.cpu() for key, part in parts}, file, {})
 
 
 def slice_layer_(loaded: LoadedLayer, centre: Tensor, before: Tensor) -> Tensor:
@@ -77,9 +80,10 @@ def slice_layer_(loaded: LoadedLayer, centre: Tensor, before: Tensor) -> Tensor:
     write_in_(attention, centre)
     _set_shortcut(layer, "attention_shortcut", before.T)
     _set_shortcut(layer, "mlp_shortcut", torch.eye(len(centre), dtype=torch.float64, device=centre.device))
-    with accumulating({"residual": layer.get_submodule(form.mlp_norm)}, _squares) as found:
+    residual = torch.zeros_like(centre)
+    with watching_inputs({"": layer.get_submodule(form.mlp_norm)}, lambda _, states: _add_squares_(residual, states)):
         loaded.replay(advance=False)
-    middle = _directions(found["residual"], width)
+    middle = _directions(residual, width)
     write_in_(attention, middle)
     _set_shortcut(layer, "attention_shortcut", before.T @ middle)
     for name in form.mlp_readers:
@@ -143,12 +147,16 @@ def _product(weight: Tensor, matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def principal_directions(walk: LayerWalk, width: int) -> Tensor:
     """The `width` directions in which the walk's states [..., n] are largest, largest first: float64 [n, width]."""
-    return _directions(reduce(Tensor.add_, (_squares(state.to(walk.decoder.device)) for state in walk.states)), width)
+    full = walk.states[0].shape[-1]
+    covariance = torch.zeros(full, full, dtype=torch.float64, device=walk.decoder.device)
+    for states in walk.states:
+        _add_squares_(covariance, states)
+    return _directions(covariance, width)
 
 
-def _squares(states: Tensor) -> Tensor:
-    tokens = states.flatten(0, -2).double()
-    return tokens.T @ tokens
+def _add_squares_(covariance: Tensor, states: Tensor) -> None:
+    tokens = states.flatten(0, -2).to(covariance)
+    covariance.addmm_(tokens.T, tokens)
 
 
 def _directions(covariance: Tensor, width: int) -> Tensor:
