@@ -69,7 +69,7 @@ def test_a_pipeline(packed):
     prompt = "Return the length of the"
     text = generate(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
     inputs = AutoTokenizer.from_pretrained(packed)(prompt, return_tensors="pt").to(generate.device)
-    theirs = load_packed(packed, device=str(generate.device)).generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    theirs = load_packed(packed, device=generate.device.type).generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     assert text == generate.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
