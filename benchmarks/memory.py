@@ -32,8 +32,8 @@ def floors(empty: float) -> dict[str, float]:
     float32 as it came and what it has lost; GPTQ the codes of a layer too. Reconstruction holds a layer of two
     models, what it was before, and its gradients in bf16; in float32 its weights, their gradients and two moments;
     and the masks. Sorting writes embedding and head, which are one file, in another order.
-    SliceGPT holds a layer and, in float64, eight matrices as wide as the residual: what centres, the bases of the first
-    layer, before one and inside it, a covariance, its eigenvectors and what LAPACK works with, twice as much.
+    SliceGPT holds a layer and, in float64, seven matrices as wide as the residual: what centres, the bases of the first
+    layer, before one and inside it, a covariance and what LAPACK works with, twice as much.
     """
     hessian, matrix = 4 * FFN**2 / 1e6, 4 * FFN * HIDDEN / 1e6
     solver = empty + LAYER + 2 * hessian + 2 * matrix
@@ -42,7 +42,7 @@ def floors(empty: float) -> dict[str, float]:
         "refit": empty + 2 * LAYER + 2 * hessian + matrix,
         "reconstruct": empty + (4 + 2 * 4 + 1 / 2) * LAYER,
         "prune_oneshot sparsegpt": solver,
-        "prune_structured slicegpt": empty + LAYER + 8 * 8 * HIDDEN**2 / 1e6,
+        "prune_structured slicegpt": empty + LAYER + 7 * 8 * HIDDEN**2 / 1e6,
         "quantise gptq": solver + LAYER / 2,
         "pack_integers": solver + LAYER / 2,
     }

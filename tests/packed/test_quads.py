@@ -36,7 +36,8 @@ def test_every_weight_is_where_the_kernel_looks(shape, k):
             kept = iter(zip(values, columns, strict=True))
             for vector in filled:
                 for lane in (lane for lane in range(32) if vector >> lane & 1):
-                    value, (which, column) = (one := next(kept))[0], divmod(one[1], 16)
+                    value, place = next(kept)
+                    which, column = divmod(place, 16)
                     assert tiers[strip, blocks[which]] == Tier.TOP_K
                     found[16 * strip + lane // 2, 16 * blocks[which] + column] += value
             assert next(kept, None) is None

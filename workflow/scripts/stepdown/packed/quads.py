@@ -62,7 +62,10 @@ def top_k_quads(tiers: Tensor, top_k: Tensor, top_k_positions: Tensor) -> tuple[
 
 
 def _stream(blocks: Tensor, counts: Tensor, filled: Tensor, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The quads as the kernel reads them, and how many bytes come before each; counts: [quads, 2], vectors, weights."""
+    """The quads one after the other, and how many bytes come before each, [quads + 1].
+
+    blocks: [quads, 4]; counts: [quads, 2], vectors and weights; filled: [all vectors]; values, columns: [all weights].
+    """
     vectors, weights = counts.unbind(1)
     before = _before(-(-(HEAD + 4 * vectors + 3 * weights) // ALIGNED) * ALIGNED)
     stream = torch.zeros(int(before[-1]) + MORE, dtype=torch.uint8)

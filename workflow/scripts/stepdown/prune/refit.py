@@ -18,7 +18,7 @@ from ..models.checkpoint import is_finite
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
 from ..models.step_masks import StepMasks
-from ..tensors.least_squares import ROWS, masked_least_squares
+from ..tensors.least_squares import masked_least_squares
 from ..tensors.swaps import swapped_least_squares
 from .layerwise import LoadedLayer, added, visit
 
@@ -68,21 +68,13 @@ def refit_layers(dense: Decoder, pruned: Decoder, fit: Fit, windows: Tensor, bat
                     earlier[name] = hessian, cross
                     continue
                 weight = layer.linears[name].weight
-                target = _product(dense_layer.linears[name].weight, cross)
+                target = dense_layer.linears[name].weight.float() @ cross
                 if name == names[-1]:
                     del moments, cross
                 weight.copy_(fit(name, weight, hessian, target))
         layer.replay()
         dense_layer.replay()
         yield layer
-
-
-def _product(weight: Tensor, cross: Tensor) -> Tensor:
-    """weight [out, in] @ cross, float32 [in, in]; of the weight a few rows at a time are in float32."""
-    product = cross.new_empty(len(weight), len(cross))
-    for rows, result in zip(weight.split(ROWS), product.split(ROWS), strict=True):
-        torch.mm(rows.float(), cross, out=result)
-    return product
 
 
 def _tell_left_out(names: Collection[str]) -> None:

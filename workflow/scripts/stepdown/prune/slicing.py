@@ -155,15 +155,16 @@ def principal_directions(walk: LayerWalk, width: int) -> Tensor:
 
 
 def _add_squares_(covariance: Tensor, states: Tensor) -> None:
+    """Add X'X, float64 [n, n], of states X [..., n]."""
     tokens = states.flatten(0, -2).to(covariance)
     covariance.addmm_(tokens.T, tokens)
 
 
 def _directions(covariance: Tensor, width: int) -> Tensor:
-    """See `principal_directions`; what is in the covariance is lost."""
+    """Its first `width` eigenvectors, largest first, float64 [n, width]; they are found in the place of it, [n, n]."""
     if not covariance.isfinite().all():
         raise UserError("slicegpt: a state on the calibration text is NaN or infinite; so must a weight be")
-    # The solver takes as much again as three such matrices, and the eigenvectors the covariance's place.
+    # The solver works with further matrices as large.
     give_back_freed()
     vectors = covariance.mT
     torch.linalg.eigh(vectors, out=(covariance.new_empty(len(covariance)), vectors))
