@@ -47,7 +47,8 @@ def perplexity(results: Results) -> Figure:
 def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     """steps: sparsity in percent."""
     base, chain, beside = steps.base.iloc[0], iterations(steps), one_shots(steps)
-    axes.axhline(base, color=GREY, linestyle=(0, (5, 4)), linewidth=1)
+    sparsest = steps.sparsity.max()
+    axes.plot((0, sparsest), (base, base), color=GREY, linestyle=(0, (5, 4)), linewidth=1)
     paths = [(one_shot_colour(index), beside[index : index + 1]) for index in range(len(beside))]
     if len(chain):
         paths.append((CHAIN_COLOUR, chain))  # last, on top
@@ -57,7 +58,8 @@ def _perplexity_panel(axes: Axes, text: str, steps: pd.DataFrame) -> None:
     _name_iterations(axes, chain)
     ends = [(members.iloc[-1], colour) for colour, members in paths]
     names = [(end.sparsity, end.finetuned, f"{end.name}: {end.finetuned:.2f}", colour) for end, colour in ends]
-    end_labels(axes, [*names, (steps.sparsity.max(), base, f"base model: {base:.2f}", GREY)], gap=8)
+    names.append((sparsest, base, f"base model: {base:.2f}", GREY))
+    end_labels(axes, names, gap=8)
     axes.set_title(f"Perplexity on {text} as the model gets sparser")
     axes.legend(handles=_marker_key(steps), loc="upper left", fontsize=9)
 
