@@ -1,9 +1,9 @@
-# make setup | run | test | test-slow | test-workflow | lint | wheel | bench: each installs what it needs first, into .venv.
+# make setup | run | test | test-slow | test-workflow | lint | wheel: each installs what it needs first, into .venv.
 # make gpu-check: with the .venv that is there or, on a machine with a GPU and its own torch, with that python3.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup run test test-slow test-workflow test-conda lint wheel bench gpu-check
+.PHONY: setup run test test-slow test-workflow test-conda lint wheel gpu-check
 
 setup: .venv/ready
 
@@ -49,9 +49,6 @@ lint: setup
 # dist/ gets the sdist and the wheel of the package `stepdown`.
 wheel: setup
 	$(BIN)/python -m build
-
-bench: setup
-	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
 
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu_check

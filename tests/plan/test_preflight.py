@@ -523,9 +523,9 @@ def test_a_character_may_lie_across_the_end_of_what_is_looked_at(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"content": "some text", "id": 3}\n', "a.jsonl has no string under 'text', only content, id; rename its key"),
-        ('{"text": null}\n', "has no string under 'text', only text"),
-        ('\n["some text", "more"]\n', "has no string under 'text', only list"),
+        ('{"content": "some text", "id": 3}\n', "a.jsonl has no 'text', only content, id; rename its key"),
+        ('{"text": null}\n', "has null under 'text'; write a string"),
+        ('\n["some text", "more"]\n', "has no 'text', only list"),
         ('[\n{"text": "some text"}\n]', "a.jsonl is not JSON (Expecting value"),
     ],
 )

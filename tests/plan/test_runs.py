@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdown.errors import UserError
-from stepdown.plan.runs import Run, parse_run
+from stepdown.plan.runs import Run, check_selection, parse_run
 
 METHODS = ["magnitude", "sparsegpt", "wanda"]
 
@@ -76,6 +76,15 @@ def test_a_wrong_name_is_one_line_that_says_what_could_stand_there(name, words):
         parse_run(name, METHODS)
     message = str(caught.value)
     assert message.startswith(f"one-shot run {name!r}: ") and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize("pattern", ["three-tier", "hybrid"])
+def test_sparsegpt_in_tiers_and_selection_by_magnitude_are_refused_together(pattern):
+    run = parse_run(f"sparsegpt-{pattern}", METHODS)
+    check_selection(run, "wanda")
+    check_selection(parse_run(f"wanda-{pattern}", METHODS), "magnitude")
+    with pytest.raises(UserError, match=f"one-shot run 'sparsegpt-{pattern}': .* set pruning.selection to wanda$"):
+        check_selection(run, "magnitude")
 
 
 def test_names_are_read_with_the_standard_library_only():

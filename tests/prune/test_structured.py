@@ -227,6 +227,7 @@ def test_layers_of_different_kinds_are_renumbered_with_their_lists_or_not_at_all
         ("structured/shortgpt-5", "has 5 layers; remove at most 4"),
         ("structured/llmpruner-1", "unknown method 'llmpruner'"),
         ("structured/slicegpt-0.25/iter0", "starts from the base model"),
+        ("structured/slicegpt-0.25/", "write structured/slicegpt-0.25"),
         ("quantised/gptq2/iter0", "2 bits are not offered; write 3 or 4 or 8"),
         ("quantised/awq4/iter0", "write int or gptq with its bits"),
         ("quantised/gptq4-g0/iter0", "a group of 0 weights"),

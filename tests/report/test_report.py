@@ -414,19 +414,41 @@ def test_scripts_fail_in_one_line_and_keep_what_was_there(tmp_path):
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overlay", ["config", "published", "llama2-7b", "smollm2-135m"])
-def test_the_first_page_says_which_method_it_is(overlay):
+def first_page(overlay, **changes):
+    """What the report says with an overlay over the default, and sections of it changed."""
     jinja2, yaml = pytest.importorskip("jinja2"), pytest.importorskip("yaml")
-    told, over = (
+    config, over = (
         yaml.safe_load((SCRIPTS.parents[1] / f"config/{name}.yaml").read_text()) for name in ("config", overlay)
     )
-    config = told | {key: told[key] | over[key] if isinstance(over[key], dict) else over[key] for key in over}
-    page = (
+    for layer in (over, changes):
+        config |= {key: config[key] | layer[key] if isinstance(layer[key], dict) else layer[key] for key in layer}
+    return (
         jinja2.Environment().from_string((CAPTIONS / "workflow.rst").read_text()).render(snakemake={"config": config})
     )
+
+
+@pytest.mark.parametrize("overlay", ["config", "published", "llama2-7b", "smollm2-135m"])
+def test_the_first_page_says_which_method_it_is(overlay):
+    page = first_page(overlay)
     assert ("This is the original method." in page) == (overlay == "published")
     assert ("This is the method as improved here, not the original." in page) == (overlay != "published")
     assert ("a block may take back a weight for another" in page) == (overlay != "published")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sort_channels": True},
+        {"refit": True},
+        {"pruning": {"cost": "fisher"}},
+        {"pruning": {"shared_over": "model"}},
+        {"pruning": {"target": {"sparsity": 0.5}}},
+        {"pruning": {"selection": "wanda"}},
+        {"recovery": {"one_schedule": True}},
+    ],
+)
+def test_the_original_method_with_anything_added_is_not_the_original(change):
+    assert "not the original" in first_page("published", **change)
 
 
 @pytest.mark.parametrize("schedule", ["config/progressive_schedule.csv", None])
@@ -439,7 +461,15 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
         "model": "/home/someone/model/",
         "schedule": schedule,
         "oneshot": ["three-tier"],
-        "pruning": {"block_size": 16, "k": 10, "selection": "wanda", "cost": "fisher", "shared_over": "model"},
+        "pruning": {
+            "block_size": 16,
+            "k": 10,
+            "selection": "wanda",
+            "cost": "fisher",
+            "shared_over": "model",
+            "target": None,
+        },
+        "sort_channels": True,
         "calibration": {"text": text, "samples": 128, "sequence_length": 256},
         "refit": True,
         "swaps": True,

@@ -26,7 +26,7 @@ from stepdown.plan.preflight import (
     local_model,
     local_files,
 )
-from stepdown.plan.runs import parse_gradual, parse_run
+from stepdown.plan.runs import check_selection, parse_gradual, parse_run
 from stepdown.plan.schedule import one_shot, read_schedule
 from stepdown.plan.steps import BASE, UNSORTED, compression_report, is_run, masks, model_of, model_ready, tier_map
 from stepdown.prune.methods import method_names
@@ -70,6 +70,8 @@ with one_line():
         check_training_memory(config["recovery"], local_model(MODEL))
     # Steps without a tier map, each pruned by the method and pattern of its name.
     RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
+    for run in RUNS.values():
+        check_selection(run, config["pruning"]["selection"])
     # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.
     for step in config["compressions"]:
         check_step(step, local_model(MODEL), config["structured"]["round_to"])

@@ -118,7 +118,9 @@ def epochs(wildcards):
 def run_of(wildcards):
     """What the name of a one-shot run asks for."""
     with one_line():
-        return parse_run(wildcards.run, method_names())
+        run = parse_run(wildcards.run, method_names())
+        check_selection(run, config["pruning"]["selection"])
+    return run
 
 
 def gradual_run(wildcards):

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     parser.add_argument("--dense-model", type=Path, required=True, help="folder of the model it was pruned from")
     parser.add_argument("--masks", type=Path, required=True, help="tier map, or the report of a one-shot run")
     parser.add_argument(
-        "--steps", type=cli.whole_number(), default=100, help="of AdamW in each layer (default: %(default)s)"
+        "--steps", type=cli.whole_number(), default=300, help="of AdamW in each layer (default: %(default)s)"
     )
     parser.add_argument(
         "--learning-rate",

@@ -71,6 +71,6 @@ if __name__ == "__main__":
     parser.add_argument("--task-folder", type=Path, help="folder with YAML files of tasks that lm-eval does not know")
     parser.add_argument("--shots", type=int, help="examples in the prompt (default: as the task has it)")
     parser.add_argument("--examples", type=int, help="use no more of each task than this (default: all)")
-    parser.add_argument("--batch-size", type=int, default=1, help="requests at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="requests at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON: task -> metric -> value")
     cli.run(main, parser)

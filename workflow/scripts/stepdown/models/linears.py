@@ -18,7 +18,7 @@ from .fused import PARTS, Fused
 def as_linears_(model: nn.Module) -> list[str]:
     """Replace Conv1D and fused experts in a model by linears; returns the names of those that were held transposed.
 
-    Experts of a form that transformers does not describe stay as they are; `dense_by_form` names them.
+    Experts of a form that transformers does not describe stay as they are; `Decoder.left_dense` names them.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -68,8 +68,8 @@ def parse_step(step: str) -> Structured | Quantisation | Dynamic:
     parsers = {"structured": parse_structured, "quantised": parse_quantised, "dynamic": parse_dynamic}
     if kind not in parsers:
         raise UserError(f"compression {step!r}: write structured/NAME, quantised/NAME/STEP or dynamic/NAME/STEP")
-    if kind == "structured" and source:
-        raise UserError(f"compression {step!r}: starts from the base model; leave {source} out")
+    if kind == "structured" and step != f"structured/{name}":
+        raise UserError(f"compression {step!r}: starts from the base model; write structured/{name}")
     if kind != "structured" and not re.fullmatch(r"iter(0|[1-9][0-9]*)|(oneshot|gradual|structured)/[^/]+", source):
         raise UserError(
             f"compression {step!r}: of which step? write iter0 or another step after it, {kind}/{name}/iter0"

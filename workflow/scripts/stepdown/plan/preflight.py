@@ -338,9 +338,12 @@ def check_first_row(where: str, path: Path) -> None:
         row = json.loads(first)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: the first row of {path} is not JSON ({error}); write an object a line") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    if not isinstance(row, dict) or "text" not in row:
         found = (", ".join(row) or "nothing") if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: the first row of {path} has no string under 'text', only {found}; rename its key")
+        raise UserError(f"{where}: the first row of {path} has no 'text', only {found}; rename its key")
+    if not isinstance(row["text"], str):
+        found = json.dumps(row["text"])
+        raise UserError(f"{where}: the first row of {path} has {found:.40} under 'text'; write a string")
 
 
 def check_lines(where: str, path: Path) -> None:

@@ -87,6 +87,15 @@ def parse_gradual(name: str, methods: Collection[str]) -> Run:
     return run
 
 
+def check_selection(run: Run, selection: str) -> None:
+    """Raise `UserError` where a run, which chooses its weights part by part, is to choose them by magnitude."""
+    if selection == "magnitude" and run.method == "sparsegpt" and run.pattern in ("three-tier", "hybrid"):
+        raise UserError(
+            f"one-shot run {run.name!r}: chooses its weights part by part and not by magnitude; leave it out, or set "
+            f"pruning.selection to wanda"
+        )
+
+
 def _sparsity(name: str, text: str | None) -> Fraction | None:
     """Exactly what is written: 0.3 is 3/10, not the float beside it."""
     if text is None:

@@ -1,4 +1,5 @@
-"""How a sparsity is spread over the matrices of a model: evenly, by a table, or by outliers. The sum always comes out.
+"""How a sparsity is spread over the matrices of a model: evenly, by a table, or by outliers. The sum comes out, unless
+a table is not asked to meet it.
 
 `sizes` is name of a matrix -> its number of weights. What comes back is name -> share of zeros, exact fractions.
 """

@@ -11,7 +11,7 @@ TERMINAL_WIDTH = 100
 
 
 def table(results: Results) -> pd.DataFrame:
-    """A row per step; the base model, neither pruned nor finetuned, has its one perplexity in both columns."""
+    """A row per step; the base model, neither pruned nor finetuned, has its one perplexity in all of them."""
     steps = next(iter(results.values()))
     columns = [steps[[*TIERS, "sparsity"]]]
     for text, on_text in results.items():

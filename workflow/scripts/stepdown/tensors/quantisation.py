@@ -44,7 +44,7 @@ def round_to_nearest(weight: Tensor, asked: Quantisation, dtype: torch.dtype) ->
 def gptq(weight: Tensor, hessian: Tensor, asked: Quantisation, dtype: torch.dtype, name: str = "matrix") -> Quantised:
     """Rounded column by column, those to come making up for it; what is zero in `weight` [out, in] stays zero.
 
-    hessian: [in, in], as `sparsegpt.accumulating_hessians` has it; computed in its type. The grid of a group fits what
+    hessian: [in, in], as `statistics.accumulating_hessians` has it; computed in its type. The grid of a group fits what
     its weights have been updated to when its turn comes. Raises `UserError` as `sparsegpt.factorise` does.
     """
     rows, inputs = weight.shape
