@@ -56,25 +56,36 @@ def refit_layers(dense: Decoder, pruned: Decoder, fit: Fit, windows: Tensor, bat
         if left_out := layer.linears.keys() - set(chain(*together)):
             _tell_left_out(left_out)
         for names in together:
-            moments = _moments(layer, dense_layer, names[0])
-            if moments is None:
-                _tell_left_out(names)
-                continue
-            for name in names:
-                hessian, cross = (added(*pair) for pair in zip(earlier.pop(name, (None, None)), moments, strict=True))
-                if not (is_finite(hessian.diagonal()) and is_finite(cross)):
-                    raise UserError(f"{pruned.checkpoint.folder}: the inputs of {name} are not finite")
-                if name in layer.used_later:
-                    earlier[name] = hessian, cross
-                    continue
-                weight = layer.linears[name].weight
-                target = dense_layer.linears[name].weight.float() @ cross
-                if name == names[-1]:
-                    del moments, cross
-                weight.copy_(fit(name, weight, hessian, target))
+            _refit_(layer, dense_layer, names, fit, earlier)
         layer.replay()
         dense_layer.replay()
         yield layer
+
+
+def _refit_(
+    layer: LoadedLayer,
+    dense_layer: LoadedLayer,
+    names: list[str],
+    fit: Fit,
+    earlier: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Refit linears that are given the same inputs, in place; of those that later layers use, the moments are kept in
+    `earlier`. A function of its own, so that nothing of theirs is held while the next ones are summed up."""
+    moments = _moments(layer, dense_layer, names[0])
+    if moments is None:
+        return _tell_left_out(names)
+    for name in names:
+        hessian, cross = (added(*pair) for pair in zip(earlier.pop(name, (None, None)), moments, strict=True))
+        if not (is_finite(hessian.diagonal()) and is_finite(cross)):
+            raise UserError(f"{layer.walk.decoder.checkpoint.folder}: the inputs of {name} are not finite")
+        if name in layer.used_later:
+            earlier[name] = hessian, cross
+            continue
+        weight = layer.linears[name].weight
+        target = dense_layer.linears[name].weight.float() @ cross
+        if name == names[-1]:
+            del moments, cross
+        weight.copy_(fit(name, weight, hessian, target))
 
 
 def _tell_left_out(names: Collection[str]) -> None:
