@@ -6,7 +6,7 @@ from torch import Tensor
 # Conjugate gradient steps: the least that leave the perplexity of a refitted model where twice as many do.
 STEPS = 20
 # Rows solved at a time: beside a Hessian there is room for few matrices.
-ROWS = 1024
+ROWS = 512
 TINY = torch.finfo(torch.float32).tiny
 
 
