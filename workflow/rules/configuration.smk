@@ -53,6 +53,13 @@ def found(path):
     return os.path.relpath(bundled) if path and not os.path.exists(path) and bundled.exists() else path
 
 
+def one_shot_run(name):
+    """What the name of a one-shot run asks for, once it is known to go with the configuration."""
+    run = parse_run(name, method_names())
+    check_selection(run, config["pruning"]["selection"])
+    return run
+
+
 with one_line():
     if set("{}") & set(str(PROJECT)):
         raise UserError(f"{PROJECT}: Snakemake takes the braces in this path for wildcards; rename the folder")
@@ -69,9 +76,7 @@ with one_line():
     if trains and config["device"] != "cpu" and local_model(MODEL):
         check_training_memory(config["recovery"], local_model(MODEL))
     # Steps without a tier map, each pruned by the method and pattern of its name.
-    RUNS = {f"oneshot/{name}": parse_run(name, method_names()) for name in config["oneshot"] if name != "three-tier"}
-    for run in RUNS.values():
-        check_selection(run, config["pruning"]["selection"])
+    RUNS = {f"oneshot/{name}": one_shot_run(name) for name in config["oneshot"] if name != "three-tier"}
     # Steps that are no pruning of weights one by one: smaller models, whole numbers, sparse activations.
     for step in config["compressions"]:
         check_step(step, local_model(MODEL), config["structured"]["round_to"])

@@ -118,9 +118,7 @@ def epochs(wildcards):
 def run_of(wildcards):
     """What the name of a one-shot run asks for."""
     with one_line():
-        run = parse_run(wildcards.run, method_names())
-        check_selection(run, config["pruning"]["selection"])
-    return run
+        return one_shot_run(wildcards.run)
 
 
 def gradual_run(wildcards):

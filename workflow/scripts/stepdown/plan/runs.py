@@ -88,11 +88,12 @@ def parse_gradual(name: str, methods: Collection[str]) -> Run:
 
 
 def check_selection(run: Run, selection: str) -> None:
-    """Raise `UserError` where a run, which chooses its weights part by part, is to choose them by magnitude."""
+    """Raise `UserError` where SparseGPT, which makes up for one part of a matrix before it chooses in the next, is to
+    choose weights inside tiers by magnitude."""
     if selection == "magnitude" and run.method == "sparsegpt" and run.pattern in ("three-tier", "hybrid"):
         raise UserError(
             f"one-shot run {run.name!r}: chooses its weights part by part and not by magnitude; leave it out, or set "
-            f"pruning.selection to wanda"
+            "pruning.selection to wanda"
         )
 
 
