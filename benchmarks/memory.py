@@ -27,7 +27,7 @@ EMPTY = "import sys; sys.path[0] = sys.argv[1]; from stepdown.models.decoder imp
 def floors(empty: float) -> dict[str, float]:
     """MB that a rule cannot do without, by the beginning of its name; empty: those of a model without weights.
 
-    Refitting holds a layer of two models, X'X and Z'X of the widest input, and the largest matrix in float32;
+    Refitting holds a layer of two models, X'X and Y'X of the widest input, and the largest matrix in float32;
     SparseGPT and GPTQ a layer, the Hessian of its widest input and that one's factor, and the largest matrix in
     float32 as it came and what it has lost; GPTQ the codes of a layer too. Reconstruction holds a layer of two
     models, what it was before, and its gradients in bf16; in float32 its weights, their gradients and two moments;

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import make_model
+from hypothesis import given
+from hypothesis import strategies as st
 from three_tiers import prune_by_magnitude
 
 from stepdown.errors import UserError
@@ -13,6 +15,8 @@ from stepdown.models.decoder import open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.step_masks import StepMasks, read_step_masks
 from stepdown.models.tier_maps import check_zeros
+from stepdown.prune import refit
+from stepdown.prune.layerwise import visit
 from stepdown.prune.refit import fit_within, refit_layers
 from stepdown.tensors.masks import keep_n_of_m
 
@@ -94,6 +98,28 @@ def test_a_model_that_lost_nothing_stays_as_it_is(folders):
     checkpoint = open_decoder(dense, "cpu").checkpoint
     for name, weight in refitted(dense, dense).items():
         torch.testing.assert_close(weight, checkpoint.tensors([name])[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fit_is_to_something_between_what_its_inputs_are_and_what_they_were(folders):
+    walks = [LayerWalk(open_decoder(folder, "cpu"), list(WINDOWS.split(5))) for folder in folders[::-1]]
+    for layer, dense_layer in zip(*(visit(walk, None) for walk in walks), strict=True):
+        name = layer.called_together()[-1][0]
+        hessian, cross = refit._moments(layer, dense_layer, name)
+        x, z = (torch.cat([each.inputs(name, batch) for batch in range(3)]) for each in (layer, dense_layer))
+        share = refit.drift_share(WINDOWS.numel(), x.shape[1])
+        torch.testing.assert_close(hessian, x.T @ x)
+        torch.testing.assert_close(cross, torch.lerp(x, z, share).T @ x, rtol=1e-4, atol=1e-3)
+        layer.replay()
+        dense_layer.replay()
+    assert (z - x).norm() / z.norm() > 0.01
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**5))
+def test_the_more_text_the_more_of_the_drift_is_made_up_for(tokens, inputs):
+    shares = [refit.drift_share(tokens * more, inputs) for more in (1, 2, 10**9)]
+    assert 0 < shares[0] < shares[1] <= shares[2] <= 1
+    assert shares[2] > 0.9
+    assert refit.drift_share(refit.TOKENS_PER_INPUT * inputs, inputs) == 0.5
 
 
 def test_inputs_that_are_not_finite_are_told(tmp_path):
