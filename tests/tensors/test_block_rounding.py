@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from three_tiers import random_three_tier
 
+from stepdown.tensors import block_rounding
 from stepdown.tensors.block_rounding import round_in_blocks
 from stepdown.tensors.tiers import Tier
 
@@ -18,6 +19,11 @@ def inputs(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * shape[1], shape[1], generator=generator) @ torch.randn(shape[1], shape[1], generator=generator)
     return 2 * x.T @ x / len(x)
+
+
+def lost(weight, rounded, hessian):
+    difference = rounded.weight - weight.float()
+    return (difference @ hessian * difference).sum().item()
 
 
 def row_tiers(tiers, shape):
@@ -70,11 +76,39 @@ def test_gptq_loses_less_of_the_outputs(tier, share, bits):
     weight, tiers = random_three_tier((96, 160), 10, tiers=torch.full((6, 10), tier, dtype=torch.uint8))
     hessian = inputs(weight.shape)
 
-    def lost(rounded):
-        difference = rounded.weight - weight.float()
-        return (difference @ hessian * difference).sum().item()
+    nearest, found = (round_in_blocks(weight, tiers, bits, how) for how in (None, hessian))
+    assert lost(weight, found, hessian) < share * lost(weight, nearest, hessian)
 
-    assert lost(round_in_blocks(weight, tiers, bits, hessian)) < share * lost(round_in_blocks(weight, tiers, bits))
+
+@given(*CASES[:3], st.integers(0, 3))
+def test_rounding_again_never_loses_more(shape, k, seed, sweeps):
+    weight, tiers = random_three_tier(shape, k, seed)
+    hessian = inputs(shape)
+    hessian[0] = hessian[:, 0] = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        for times in (sweeps, sweeps + 1):
+            patch.setattr(block_rounding, "SWEEPS", times)
+            found.append(lost(weight, round_in_blocks(weight, tiers, 4, hessian), hessian))
+    assert found[1] <= found[0] * 1.0001 + 1e-6 * (weight.float() @ hessian * weight.float()).sum()
+
+
+def test_rounded_again_no_code_alone_does_better_elsewhere(monkeypatch):
+    """After as many sweeps as change something: no neighbour of any code that has one loses less."""
+    monkeypatch.setattr(block_rounding, "SWEEPS", 50)
+    weight, tiers = random_three_tier(
+        (16, 32), 10, tiers=torch.tensor([[Tier.DENSE, Tier.TWO_FOUR]], dtype=torch.uint8)
+    )
+    hessian = inputs(weight.shape)
+    rounded = round_in_blocks(weight, tiers, 4, hessian)
+    steps = rounded.multiples.repeat_interleave(16, 1) * rounded.scales[:, None]
+    gradient = (weight.float() - rounded.weight) @ hessian
+    for change in (1, -1):
+        moved = change * steps
+        # Of (e - d) H (e - d)' - e H e' for a code alone.
+        gain = moved.square() * hessian.diagonal() - 2 * moved * gradient
+        possible = (weight != 0) & (rounded.codes + change >= -8) & (rounded.codes + change <= 7)
+        assert (gain[possible] >= -1e-4 * moved.square().amax() * hessian.diagonal().amax()).all()
 
 
 def test_rows_and_blocks_of_zeros():

@@ -8,16 +8,17 @@ number of 8 bits with a sign:
   TopK block, the largest of their block, keep 8 bits; there the multiple is 8.
 
 What is zero stays zero. Under a Hessian H of the inputs, columns are rounded from left to right and those to come make
-up for it (`quantisation.gptq` has the source).
+up for it (`quantisation.gptq` has the source). With 4 bits each is then rounded again, for what all others have lost,
+those to its left as well, a few times over: coordinate descent (QuantEase, arXiv 2309.01885).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from .blocks import pad_to_blocks
-from .sparsegpt import Columns, Rounding, settle_columns
+from .sparsegpt import DAMPINGS, Columns, Rounding, from_left_to_right, settle_columns
 from .tiers import Tier
 
 BLOCK_SIZE = 16
@@ -25,6 +26,8 @@ BLOCK_SIZE = 16
 LARGEST_8, LEAST_4 = 127, -8
 # By what the step is multiplied that makes the largest weight the code -8: tried in turn, the best is taken.
 STEP_FACTORS = (1.0, 0.95, 1.05, 1.1, 1.15)
+# How often the columns are rounded again after that with 4 bits; a third time lowers the error by a hundredth.
+SWEEPS = 2
 # Of a TopK block where the others have 4 bits: both kinds then reach as far from zero.
 TOP_K_MULTIPLE = 8
 # Rows of a dense matrix that are rounded together: those of a head are many, and in float32 meanwhile.
@@ -60,7 +63,10 @@ def round_in_blocks(
         steps = multiples * scales[:, None]
         codes = to_codes(blocks, steps[..., None], row_tiers[..., None], bits).flatten(1)[:, : weight.shape[1]]
         return Rounded(codes.contiguous(), multiples, scales)
-    return _gptq(weight, row_tiers, scales, bits, hessian, name)
+    rounded = _gptq(weight, row_tiers, scales, bits, hessian, name)
+    for _ in range(SWEEPS if bits == 4 else 0):
+        rounded = _round_again(weight, rounded, row_tiers, bits, hessian)
+    return rounded
 
 
 def round_dense(weight: Tensor, bits: int, hessian: Tensor | None = None, name: str = "matrix") -> Rounded:
@@ -81,11 +87,41 @@ def _gptq(weight: Tensor, row_tiers: Tensor, scales: Tensor, bits: int, hessian:
         # Those that are masked have no say in what the step is.
         weights = columns.updated(part) * keep[part].T
         multiples[block] = fit_multiples(weights[:, None], row_tiers[:, block, None], scales, bits)[:, 0]
-        limits = (limit.float() for limit in _limits(row_tiers[:, block], bits))
-        codes[part] = columns.settle(part, keep[part], Rounding(multiples[block] * scales, *limits))
+        codes[part] = columns.settle(part, keep[part], _rounding(multiples[block], scales, row_tiers[:, block], bits))
 
     settle_columns(weight, hessian, BLOCK_SIZE, settle, name)
     return Rounded(codes.T.contiguous(), multiples.T.contiguous(), scales)
+
+
+def _round_again(weight: Tensor, rounded: Rounded, row_tiers: Tensor, bits: int, hessian: Tensor) -> Rounded:
+    """Round each column to where tr (W - Q) H (W - Q)' is smallest with all others as they are, from left to right:
+
+    q_j <- w_j + sum over i != j of (W - Q)_i H_ij / H_jj
+    """
+    diagonal = hessian.diagonal()
+    dead, diagonal = diagonal == 0, torch.where(diagonal == 0, 1.0, diagonal)
+    # As in the factor by which they were rounded before.
+    diagonal = diagonal + DAMPINGS[0] * diagonal.mean()
+    # What those to the right have lost; those to the left are carried once they are rounded again.
+    lost = rounded.weight.neg_().add_(weight).masked_fill_(dead, 0.0)
+    change = hessian.tril(-1).div_(diagonal).T @ lost.T
+    del lost
+    transposed = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
+    transposed.masked_fill_(dead[:, None], 0.0)
+    columns = Columns(transposed, change, hessian.triu().div_(diagonal), diagonal.sqrt())
+    keep, codes = (weight != 0).T.contiguous(), torch.empty_like(rounded.codes.T, memory_format=torch.contiguous_format)
+
+    def finish(first: int, last: int) -> None:
+        part, block = slice(first, last), first // BLOCK_SIZE
+        rounding = _rounding(rounded.multiples[:, block], rounded.scales, row_tiers[:, block], bits)
+        codes[part] = columns.settle(part, keep[part], rounding)
+
+    from_left_to_right(0, len(transposed), BLOCK_SIZE, finish, columns.carry)
+    return replace(rounded, codes=codes.T.contiguous())
+
+
+def _rounding(multiples: Tensor, scales: Tensor, row_tiers: Tensor, bits: int) -> Rounding:
+    return Rounding(multiples * scales, *(limit.float() for limit in _limits(row_tiers, bits)))
 
 
 def fit_multiples(blocks: Tensor, row_tiers: Tensor, scales: Tensor, bits: int) -> Tensor:
