@@ -191,7 +191,8 @@ def test_a_packed_model(kernel, values, model, tmp_path, gpu):
     if values == "bf16":
         write_packed(checkpoint, tier_map, "map", tmp_path / "packed")
     else:
-        pack_calibrated(open_decoder(model, "cuda"), tier_map, "map", WINDOWS, 2, values, tmp_path / "packed")
+        decoders = [open_decoder(model, "cuda") for _ in range(2)]
+        pack_calibrated(*decoders, tier_map, "map", WINDOWS, 2, values, tmp_path / "packed")
     packed = load_packed(tmp_path / "packed", kernel, "cuda")
     dense = load_whole(model, "cpu").bfloat16()
     theirs = dense(WINDOWS[:1, :6]).logits.float()

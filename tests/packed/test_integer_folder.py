@@ -39,6 +39,10 @@ def tokens_of(text, length):
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
+def twice(folder):
+    return [open_decoder(folder, "cpu") for _ in range(2)]
+
+
 @pytest.fixture(scope="module")
 def bundled(tmp_path_factory):
     """The bundled model pruned; packed in 8 and 4 bits to nearest, and in 4 by GPTQ."""
@@ -49,8 +53,8 @@ def bundled(tmp_path_factory):
         values: write_packed(checkpoint, tier_map, map_path, folder / values, values)
         for values in ("bf16", "int8", "int4")
     }
-    decoder, windows = open_decoder(folder / "model", "cpu"), tokens_of(TEXT, 64)[:16]
-    pack_calibrated(decoder, tier_map, map_path, windows, 4, "int4", folder / "gptq")
+    decoders, windows = twice(folder / "model"), tokens_of(TEXT, 64)[:16]
+    pack_calibrated(*decoders, tier_map, map_path, windows, 4, "int4", folder / "gptq")
     return folder, checkpoint, sizes
 
 
@@ -139,8 +143,8 @@ def test_a_head_is_stored_once_and_what_it_was_tied_to_stays(held, tmp_path):
         index = index.replace("model.embed_tokens.weight", "lm_head.weight")
         (tmp_path / "model/model.safetensors.index.json").write_text(index)
     windows = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(0))
-    decoder = open_decoder(tmp_path / "model", "cpu")
-    pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int4", tmp_path / "packed")
+    decoders = twice(tmp_path / "model")
+    pack_calibrated(*decoders, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int4", tmp_path / "packed")
     assert not {"lm_head.weight"} & load_file(tmp_path / "packed/rest.safetensors").keys()
     exact = load_whole(tmp_path / "model", "cpu")
     for model in (
@@ -161,8 +165,8 @@ def test_families(family, tmp_path):
     answer with a router's choice, or take groups of inputs apart."""
     _, tier_map = prune_by_magnitude(make_model(family, tmp_path / "base"), tmp_path)
     windows = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(0))
-    decoder = open_decoder(tmp_path / "model", "cpu")
-    pack_calibrated(decoder, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int8", tmp_path / "packed")
+    decoders = twice(tmp_path / "model")
+    pack_calibrated(*decoders, tier_map, tmp_path / "tier_map.safetensors", windows, 2, "int8", tmp_path / "packed")
     ours = load_packed(tmp_path / "packed", "torch", "cpu")
     exact = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     # Routers choose other experts after roundings, and recurrences add them up.
@@ -262,7 +266,7 @@ def test_a_value_that_is_not_finite(pruned, shard, name, value, values, tmp_path
     with pytest.raises(UserError, match=f"{name} in bf16: a weight is NaN or infinite") as caught:
         if values == "int4 by GPTQ":
             windows = torch.ones(1, 8, dtype=torch.int64)
-            pack_calibrated(open_decoder(model, "cpu"), pruned[1], map_path, windows, 1, "int4", tmp_path / "packed")
+            pack_calibrated(*twice(model), pruned[1], map_path, windows, 1, "int4", tmp_path / "packed")
         else:
             write_packed(Checkpoint(model), pruned[1], map_path, tmp_path / "packed", values)
     assert str(model) in str(caught.value) and not (tmp_path / "packed").exists()

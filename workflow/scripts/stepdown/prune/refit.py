@@ -5,9 +5,8 @@ before pruning, from the inputs it is given now that all before it are pruned an
 drifted it makes up the less, the less text there is. With swaps a block may choose anew which of its weights it keeps.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,9 +20,12 @@ from ..models.step_masks import StepMasks
 from ..tensors.least_squares import masked_least_squares
 from ..tensors.swaps import swapped_least_squares
 from .layerwise import LoadedLayer, added, visit
+from .statistics import accumulating_hessians
 
 # (name of a linear, its weight [out, in], H = X'X [in, in], Y'X [out, in]) -> its new weight [out, in].
 Fit = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+# The same of a linear that is not given every token, by those it is given: without Y'X, and without H where by none.
+FitAlone = Callable[[str, Tensor, Tensor | None], Tensor]
 # Tokens per input of a linear with which a fit makes up for half of what its inputs have drifted by.
 TOKENS_PER_INPUT = 16
 
@@ -41,24 +43,36 @@ def fit_within(masks: StepMasks, damping: float, swap: bool = False) -> Fit:
 
 
 @torch.no_grad()
-def refit_layers(dense: Decoder, pruned: Decoder, fit: Fit, windows: Tensor, batch_size: int) -> Iterator[LoadedLayer]:
+def refit_layers(
+    dense: Decoder,
+    pruned: Decoder,
+    fit: Fit,
+    windows: Tensor,
+    batch_size: int,
+    fit_alone: FitAlone | None = None,
+    description: str = "refit",
+) -> Iterator[LoadedLayer]:
     """Refit the layers of `pruned` in order to what `dense`, the model it was pruned from, makes of the same text.
 
     Yields each layer once it is refitted.
 
-    windows: int64 [samples, tokens], `batch_size` of them through a layer at a time. In memory: a layer of each model,
-    the hidden states of both, H and Y'X of one input; a linear that several layers use is fitted in the last of them,
-    to the inputs of all.
+    windows: int64 [samples, tokens], `batch_size` of them through a layer at a time. fit_alone: what becomes of linears
+    that are not given every token, such as experts, to which the dense model may route others; without it they stay as
+    they are. In memory: a layer of each model, the hidden states of both, H and Y'X of one input; a linear that several
+    layers use is fitted in the last of them, to the inputs of all.
     Raises `UserError` naming the linear whose inputs are not finite.
     """
     earlier: dict[str, tuple[Tensor, Tensor]] = {}
     walk, dense_walk = (LayerWalk(decoder, windows.split(batch_size)) for decoder in (pruned, dense))
-    for layer, dense_layer in zip(visit(walk, "refit"), visit(dense_walk, None), strict=True):
-        together = layer.called_together()
-        if left_out := layer.linears.keys() - set(chain(*together)):
-            _tell_left_out(left_out)
-        for names in together:
-            _refit_(layer, dense_layer, names, fit, earlier)
+    for layer, dense_layer in zip(visit(walk, description), visit(dense_walk, None), strict=True):
+        alone = list(layer.linears)
+        for names in layer.called_together():
+            if _refit_(layer, dense_layer, names, fit, earlier):
+                alone = [name for name in alone if name not in names]
+        if fit_alone:
+            _refit_alone_(layer, alone, fit_alone, len(windows))
+        elif alone:
+            log.warning("%s and %d others are not given every token: not refitted", min(alone), len(alone) - 1)
         layer.replay()
         dense_layer.replay()
         yield layer
@@ -70,12 +84,15 @@ def _refit_(
     names: list[str],
     fit: Fit,
     earlier: dict[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Refit linears that are given the same inputs, in place; of those that later layers use, the moments are kept in
-    `earlier`. A function of its own, so that nothing of theirs is held while the next ones are summed up."""
+) -> bool:
+    """Refit linears that are given the same inputs, in place; False where these are not all tokens.
+
+    Of those that later layers use, the moments are kept in `earlier`. A function of its own, so that nothing of theirs
+    is held while the next ones are summed up.
+    """
     moments = _moments(layer, dense_layer, names[0])
     if moments is None:
-        return _tell_left_out(names)
+        return False
     for name in names:
         hessian, cross = (added(*pair) for pair in zip(earlier.pop(name, (None, None)), moments, strict=True))
         if not (is_finite(hessian.diagonal()) and is_finite(cross)):
@@ -88,11 +105,17 @@ def _refit_(
         if name == names[-1]:
             del moments, cross
         weight.copy_(fit(name, weight, hessian, target))
+    return True
 
 
-def _tell_left_out(names: Collection[str]) -> None:
-    # The dense model routes other tokens to its experts.
-    log.warning("%s and %d others are not given every token: not refitted", min(names), len(names) - 1)
+def _refit_alone_(layer: LoadedLayer, names: list[str], fit_alone: FitAlone, samples: int) -> None:
+    """Refit linears in place by the tokens that this layer gives them, whatever earlier ones gave."""
+    linears = {name: layer.linears[name] for name in names if name not in layer.used_later}
+    with accumulating_hessians(linears, samples) as hessians:
+        if linears:
+            layer.replay(advance=False)
+    for name, linear in linears.items():
+        linear.weight.copy_(fit_alone(name, linear.weight, hessians.pop(name, None)))
 
 
 def _moments(layer: LoadedLayer, dense_layer: LoadedLayer, name: str) -> tuple[Tensor, Tensor] | None:
