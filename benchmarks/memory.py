@@ -30,11 +30,11 @@ def floors(empty: float) -> dict[str, float]:
     Refitting holds a layer of two models, X'X and Y'X of the widest input, and the largest matrix in float32;
     SparseGPT and GPTQ a layer, the Hessian of its widest input and that one's factor, and the largest matrix in
     float32 as it came and what it has lost; GPTQ the codes of a layer too, and packing as whole numbers, which refits
-    first, a layer of two models. Reconstruction holds a layer of two models, what it was before, and its gradients in
-    bf16; in float32 its weights, their gradients and two moments; and the masks. Sorting writes embedding and head,
-    which are one file, in another order. SliceGPT holds a layer and, in float64, seven matrices as wide as the
-    residual: what centres, the bases of the first layer, before one and inside it, a covariance and what LAPACK works
-    with, twice as much.
+    first, a layer of two models and the refitted matrix. Reconstruction holds a layer of two models, what it was
+    before, and its gradients in bf16; in float32 its weights, their gradients and two moments; and the masks. Sorting
+    writes embedding and head, which are one file, in another order. SliceGPT holds a layer and, in float64, seven
+    matrices as wide as the residual: what centres, the bases of the first layer, before one and inside it, a covariance
+    and what LAPACK works with, twice as much.
     """
     hessian, matrix = 4 * FFN**2 / 1e6, 4 * FFN * HIDDEN / 1e6
     solver = empty + LAYER + 2 * hessian + 2 * matrix
@@ -45,7 +45,7 @@ def floors(empty: float) -> dict[str, float]:
         "prune_oneshot sparsegpt": solver,
         "prune_structured slicegpt": empty + LAYER + 7 * 8 * HIDDEN**2 / 1e6,
         "quantise gptq": solver + LAYER / 2,
-        "pack_integers": solver + LAYER + LAYER / 2,
+        "pack_integers": solver + LAYER + matrix + LAYER / 2,
     }
 
 
