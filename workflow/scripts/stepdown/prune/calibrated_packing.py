@@ -8,7 +8,6 @@ model (GPTAQ, arXiv 2504.02692, which does both in one pass).
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..cli import log
