@@ -11,11 +11,17 @@ from stepdown.prune.calibration import open_model, read_windows
 
 
 def main(arguments: argparse.Namespace) -> None:
-    tier_map, exact, rounded = read_tier_map(arguments.tier_map), open_model(arguments), open_model(arguments)
     windows, _ = read_windows(arguments)
-    paths = {"map_path": arguments.tier_map, "target": arguments.output}
-    how = {"windows": windows, "batch_size": arguments.batch_size, "values": arguments.values}
-    size = pack_calibrated(exact, rounded, tier_map, **paths, **how)
+    size = pack_calibrated(
+        open_model(arguments),
+        open_model(arguments),
+        read_tier_map(arguments.tier_map),
+        arguments.tier_map,
+        windows,
+        arguments.batch_size,
+        arguments.values,
+        arguments.output,
+    )
     cli.log.info("%s: the pruned matrices take %.3f bytes a weight", arguments.output, size)
 
 

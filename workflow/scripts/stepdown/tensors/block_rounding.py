@@ -121,6 +121,7 @@ def _round_again(weight: Tensor, rounded: Rounded, row_tiers: Tensor, bits: int,
 
 
 def _rounding(multiples: Tensor, scales: Tensor, row_tiers: Tensor, bits: int) -> Rounding:
+    """Of the columns of a block: its multiples, the scales and its tiers, [out] each."""
     return Rounding(multiples * scales, *(limit.float() for limit in _limits(row_tiers, bits)))
 
 
