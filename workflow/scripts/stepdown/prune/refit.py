@@ -63,6 +63,7 @@ def refit_layers(
     Raises `UserError` naming the linear whose inputs are not finite.
     """
     earlier: dict[str, tuple[Tensor, Tensor]] = {}
+    earlier_alone: dict[str, Tensor | None] = {}
     walk, dense_walk = (LayerWalk(decoder, windows.split(batch_size)) for decoder in (pruned, dense))
     for layer, dense_layer in zip(visit(walk, description), visit(dense_walk, None), strict=True):
         alone = list(layer.linears)
@@ -70,7 +71,7 @@ def refit_layers(
             if _refit_(layer, dense_layer, names, fit, earlier):
                 alone = [name for name in alone if name not in names]
         if fit_alone:
-            _refit_alone_(layer, alone, fit_alone, len(windows))
+            _refit_alone_(layer, alone, fit_alone, len(windows), earlier_alone)
         elif alone:
             log.warning("%s and %d others are not given every token: not refitted", min(alone), len(alone) - 1)
         layer.replay()
@@ -108,14 +109,20 @@ def _refit_(
     return True
 
 
-def _refit_alone_(layer: LoadedLayer, names: list[str], fit_alone: FitAlone, samples: int) -> None:
-    """Refit linears in place by the tokens that this layer gives them, whatever earlier ones gave."""
-    linears = {name: layer.linears[name] for name in names if name not in layer.used_later}
+def _refit_alone_(
+    layer: LoadedLayer, names: list[str], fit_alone: FitAlone, samples: int, earlier: dict[str, Tensor | None]
+) -> None:
+    """Refit linears in place by the tokens they are given; of those that later layers use, H is kept in `earlier`."""
+    linears = {name: layer.linears[name] for name in names}
     with accumulating_hessians(linears, samples) as hessians:
         if linears:
             layer.replay(advance=False)
     for name, linear in linears.items():
-        linear.weight.copy_(fit_alone(name, linear.weight, hessians.pop(name, None)))
+        hessian = added(earlier.pop(name, None), hessians.pop(name, None))
+        if name in layer.used_later:
+            earlier[name] = hessian
+        else:
+            linear.weight.copy_(fit_alone(name, linear.weight, hessian))
 
 
 def _moments(layer: LoadedLayer, dense_layer: LoadedLayer, name: str) -> tuple[Tensor, Tensor] | None:
