@@ -211,6 +211,12 @@ def test_a_gradual_run_is_finetuned_on_a_schedule_of_its_own(fresh):
     assert "optimizer.safetensors" not in told
 
 
+def test_a_gradual_run_has_trained_for_its_mask_and_is_not_refitted(fresh):
+    step = "gradual/wanda-2of4"
+    planned = fresh.plan(f"results/{step}/eval.json", "--config", "oneshot_refit=true")
+    assert {rule for job_step, rule in planned if job_step == step} == {"prune_gradually", "finetune", "evaluate"}
+
+
 def test_tasks_are_measured_on_every_finished_model(fresh):
     planned = fresh.plan("--config", "zero_shot={tasks: [piqa]}")
     steps = ["iter0", "iter1", "iter2", "iter3", "iter4", "iter5", "oneshot/three-tier", *RUNS]

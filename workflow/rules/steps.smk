@@ -89,8 +89,9 @@ def masks_of(wildcards):
 
 
 def is_refitted(wildcards):
-    """Whether a step's pruned model is refitted before it is finetuned."""
-    return config["oneshot_refit"] if is_run(wildcards.step) else config["refit"]
+    """Whether a step's pruned model is refitted before it is finetuned; a gradual run has trained for its mask."""
+    step = wildcards.step
+    return config["oneshot_refit"] and not step.startswith("gradual/") if is_run(step) else config["refit"]
 
 
 def is_reconstructed(wildcards):
