@@ -188,6 +188,15 @@ def test_a_kernel_is_for_its_device(monkeypatch):
         choose_kernel("avx2", torch.device("cuda"))
 
 
+def test_on_a_gpu_without_triton_torch_computes_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("stepdown.packed.linear.find_spec", lambda name: None)
+    monkeypatch.setattr("stepdown.cli.log.propagate", True)
+    assert choose_kernel("auto", torch.device("cuda")) == "torch"
+    assert "in torch" in caplog.text and "Triton is not installed" in caplog.text
+    with pytest.raises(UserError, match="'triton': Triton is not installed; use 'torch'"):
+        choose_kernel("triton", torch.device("cuda"))
+
+
 def test_a_damaged_library_is_no_kernel(tmp_path):
     (tmp_path / "broken.so").write_bytes(b"no library")
     with pytest.raises(cpu.NoKernel, match=r"broken\.so could not be loaded"):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -105,15 +106,20 @@ def choose_kernel(kernel: str, device: torch.device) -> str:
     """`auto` is the fastest there is for a device, and the log says which; raises `UserError` for one not to be had."""
     if kernel != "auto":
         return _available(kernel, device)
-    if device.type == "cuda":
-        return "triton"
+    on_gpu = device.type == "cuda"
     try:
-        chosen = best_instructions()
-        log.info("three-tier linears run on the CPU's %s kernel", chosen)
-        return chosen
+        chosen = _with_triton() if on_gpu else best_instructions()
     except NoKernel as reason:
         log.warning("three-tier linears run in torch on unpacked weights, as large and as slow as dense: %s", reason)
         return "torch"
+    log.info("three-tier linears run on the %s's %s kernel", "GPU" if on_gpu else "CPU", chosen)
+    return chosen
+
+
+def _with_triton() -> str:
+    if not find_spec("triton"):
+        raise NoKernel("Triton is not installed")
+    return "triton"
 
 
 def _available(kernel: str, device: torch.device) -> str:
@@ -123,11 +129,12 @@ def _available(kernel: str, device: torch.device) -> str:
     needed = {"triton": device.type if interpreted else "cuda", "torch": device.type}
     if device.type != (kind := needed.get(kernel, "cpu")):
         raise UserError(f"kernel {kernel!r}: runs on {kind}, and the model is to be on {device.type}; use 'auto'")
-    if kernel in INSTRUCTIONS:
-        try:
-            level = compiled_kernels().three_tier_instructions()
-        except NoKernel as reason:
-            raise UserError(f"kernel {kernel!r}: {reason}; use 'torch'") from None
-        if level < INSTRUCTIONS[kernel]:
-            raise UserError(f"kernel {kernel!r}: this processor lacks its instructions; use 'auto'")
+    try:
+        if kernel == "triton":
+            _with_triton()
+        level = compiled_kernels().three_tier_instructions() if kernel in INSTRUCTIONS else None
+    except NoKernel as reason:
+        raise UserError(f"kernel {kernel!r}: {reason}; use 'torch'") from None
+    if level is not None and level < INSTRUCTIONS[kernel]:
+        raise UserError(f"kernel {kernel!r}: this processor lacks its instructions; use 'auto'")
     return kernel
