@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,10 @@ def _work(rank: int, count: int, port: int, threads: int, errors: Any, function:
         os._exit(1)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # At once: a thread of gloo that is still ending would abort an interpreter that is.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def is_first() -> bool:
