@@ -489,12 +489,12 @@ def test_captions_render_as_the_report_renders_them(name, schedule):
 # --- the comparison of all runs --------------------------------------------------------------------------------------
 
 
-def add_run(folder, name, method, pattern, sparsity, perplexity):
+def add_run(folder, name, method, pattern, sparsity, perplexity, layers="uniform"):
     """A one-shot run without tiers and without finetuning."""
     record = {
         "step": name,
         "model": "resources/pydoc-llama",
-        "pruning": {"method": method, "pattern": pattern, "layers": "uniform"},
+        "pruning": {"method": method, "pattern": pattern, "layers": layers},
         "perplexity": {"pydoc": {"base": BASE, "pruned": perplexity}},
         "sparsity": {"overall": sparsity},
         "finetuning": {"method": "full", "epochs": 0, "tokens": 0},
@@ -520,6 +520,9 @@ def compared(tmp_path):
     for step in ("iter1", "iter2"):
         for rule, *cost in (("calibrate", 10, 300), ("score", 1, None), ("finetune", 50, 900), ("evaluate", 9, 9999)):
             add_benchmark(tmp_path / "benchmarks", step, rule, *cost)
+        # What is made of a finished model is no cost of it.
+        for rule in ("pack", "pack_integers_int4", "gguf", "gguf_q8_0"):
+            add_benchmark(tmp_path / "benchmarks", step, rule, 1000, 9999)
     add_benchmark(tmp_path / "benchmarks", "oneshot/three-tier", "degrade_2_4_to_topk", 2, 100)
     add_benchmark(tmp_path / "benchmarks", "oneshot/wanda-2of4", "prune_oneshot", 7, 250)
     return files
@@ -585,6 +588,23 @@ def test_all_runs_are_compared(compared, tmp_path):
     assert told.index("sparsegpt-2of4") < told.index("wanda-2of4"), "best first at equal sparsity"
     assert max(map(len, told.splitlines())) <= 120
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
+
+
+def test_a_line_joins_what_differs_in_sparsity_only(compared, tmp_path):
+    runs = ["gradual/wanda-2of4", "gradual/wanda-1of4", "quantised/int8/iter1", "quantised/int8/iter2"]
+    runs += ["quantised/int8/oneshot/wanda-2of4"]
+    for place, run in enumerate(runs):
+        method, pattern = ("wanda", run[-4:]) if run.startswith("gradual") else ("nearest", "")
+        layers = "uniform" if run.startswith("gradual") else "quantised"
+        compared["evals"].append(add_run(tmp_path, run, method, pattern, 0.1 * place, 30.0 + place, layers))
+    results = read_results(compared["evals"], tiers=False)
+    (axes,) = figures.comparison(results).axes
+    joined = [list(line.get_xdata()) for line in axes.lines if line.get_alpha() == 0.5 and len(line.get_xdata()) > 1]
+    assert [pytest.approx([20, 30])] == [each for each in joined if each[0] == pytest.approx(20)]
+    steps = next(iter(results.values()))[1:]
+    assert dict(figures._methods(steps))["gradual/wanda-2of4"] == "gradual wanda"
+    assert dict(figures._patterns(steps))["quantised/int8/iter2"] == "quantised"
+    assert dict(figures._patterns(steps))[runs[-1]] == "quantised of oneshot/wanda-2of4"
 
 
 def test_a_broken_file_of_the_comparison_is_named(compared, tmp_path):

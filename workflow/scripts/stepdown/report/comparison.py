@@ -11,8 +11,8 @@ from ..plan.steps import BASE, iteration_of
 from .steps import Results, difference_percent
 from .text import aligned, cells, flush_left
 
-# Jobs of a step that neither prune nor finetune it.
-MEASURING = {"base_model", "evaluate", "evaluate_base", "evaluate_compressed", "zero_shot"}
+# How the names of jobs begin that neither prune a step nor finetune it.
+MEASURING = ("base_model", "evaluate", "gguf", "pack", "zero_shot")
 SIZES = ["parameters", "nonzeros", "bytes", "packed_bytes"]
 SPEEDS = ["tokens_per_second", "dense_tokens_per_second"]
 # What measure.py writes.
@@ -60,7 +60,9 @@ def read_measurements(paths: Iterable[Path]) -> pd.DataFrame:
             columns[f"{kind}_tokens_per_second"] = speed[kind]
             columns[f"{kind}_to_dense"] = speed[kind] / dense[kind]
         found.append(columns)
-    return pd.concat(found)
+    measured = pd.concat(found)
+    # The dense model is in every file.
+    return measured[~measured.index.duplicated()]
 
 
 def costs(steps: Iterable[str], benchmarks: Path) -> pd.DataFrame:
@@ -81,7 +83,9 @@ def _jobs_of(step: str, benchmarks: Path) -> list[Path]:
     """The benchmark files of the jobs that led from the base model to a step's."""
     number = iteration_of(step)
     folders = [f"iter{index}" for index in range(1, number + 1)] if number else [step]
-    jobs = [job for folder in folders for job in (benchmarks / folder).glob("*.jsonl") if job.stem not in MEASURING]
+    jobs = [
+        job for folder in folders for job in (benchmarks / folder).glob("*.jsonl") if not job.stem.startswith(MEASURING)
+    ]
     if step.startswith(("quantised/", "dynamic/")):
         # Done to the model of another step: quantised/NAME/STEP.
         jobs += _jobs_of(step.split("/", 2)[2], benchmarks)

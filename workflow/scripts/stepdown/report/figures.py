@@ -113,17 +113,19 @@ def _marker_key(steps: pd.DataFrame) -> list[Line2D]:
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 
+COMPARED_COLOURS = (
+    *(CHAIN_COLOUR, *ONE_SHOT_COLOURS, "#56b4e9", "#000000", "#8c564b", "#7f7f7f", "#bcbd22", "#9467bd", "#17becf"),
+    *("#800000", "#808000"),
+)
+
 
 def comparison(results: Results) -> Figure:
     """Perplexity of every finished model against its sparsity: a colour per method, a marker per pattern."""
     steps = next(iter(results.values()))[1:]
     if steps.empty:
         return empty("Nothing pruned, so nothing to compare")
-    # The iterations are a method of their own.
-    methods = steps.method.where(steps.iteration.isna(), "progressive")
-    patterns = steps.pattern + (" " + steps.layers).where(steps.layers != "uniform", "")
-    colours = _looks(methods, (CHAIN_COLOUR, *ONE_SHOT_COLOURS, "#56b4e9", "#000000"))
-    markers = _looks(patterns, "osD^vP*Xh")
+    methods, patterns = _methods(steps), _patterns(steps)
+    colours, markers = _looks(methods, COMPARED_COLOURS), _looks(patterns, "osD^vP*Xh<>pd8H")
     figure = Figure(figsize=(WIDTH, 0.5 + 4.8 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), squeeze=False, sharex=True)[:, 0]
     for axes, (text, found) in zip(panels, results.items(), strict=True):
@@ -142,6 +144,20 @@ def comparison(results: Results) -> Figure:
     handles = _comparison_key(colours, markers, set(steps.tokens > 0))
     figure.legend(handles=handles, loc="outside right upper", fontsize=9)
     return figure
+
+
+def _methods(steps: pd.DataFrame) -> pd.Series:
+    """Of each step the method: the iterations are one of their own, and so is to prune while training."""
+    gradual = steps.index.str.startswith("gradual/")
+    return steps.method.where(steps.iteration.isna(), "progressive").mask(gradual, "gradual " + steps.method)
+
+
+def _patterns(steps: pd.DataFrame) -> pd.Series:
+    """Of each step the pattern, and what else may differ in one: how sparsity is spread over the layers, and the run
+    whose model was quantised or made sparse in its activations."""
+    spread = (" " + steps.layers).where(steps.layers != "uniform", "")
+    done_to = steps.index.str.extract(r"^(?:quantised|dynamic)/[^/]+/(.+/.+)$", expand=False)
+    return (steps.pattern + spread + (" of " + pd.Series(done_to, steps.index)).fillna("")).str.strip()
 
 
 def _looks(names: Iterable[str], looks: Sequence[str]) -> dict[str, str]:
