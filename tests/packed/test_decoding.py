@@ -126,6 +126,36 @@ def test_all_that_is_asked_for_is_given(kernel):
     assert len(states) == 1 + SIZES["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("sizes", [{"head_dim": 8}, {"head_dim": 64}, {"num_key_value_heads": 4}])
+def test_a_cache_of_another_model_is_left_to_the_decoder_and_its_error(sizes, kernel):
+    model, other = quickened(model_of("llama", kernel)), model_of("llama", kernel, **sizes)
+    cache = other(TOKENS[:, :3], use_cache=True).past_key_values
+    with pytest.raises(RuntimeError):
+        model(TOKENS[:, 3:4], past_key_values=cache)
+
+
+def test_fewer_layers_are_computed_where_the_configuration_says_so(kernel):
+    model = quickened(model_of("llama", kernel))
+    logits_of(model, TOKENS[:, :6], 3)
+    model.config.num_hidden_layers = 1
+    assert torch.equal(logits_of(model, TOKENS, 3), logits_of(slow(model), TOKENS, 3))
+
+
+def test_linears_of_several_kinds_in_a_layer_are_left_to_the_decoder(kernel):
+    model, other = quickened(model_of("llama", kernel)), model_of("llama", kernel, bits=8)
+    name = "model.layers.0.self_attn.k_proj"
+    replace_module(model, name, other.get_submodule(name))
+    assert torch.equal(logits_of(model, TOKENS, 3), logits_of(slow(model), TOKENS, 3))
+    assert not decoding.quicken_decoding(model)
+
+
+def test_what_is_not_a_number_stays_so(kernel):
+    model = quickened(model_of("llama", kernel))
+    cache = model(TOKENS[:, :16], use_cache=True).past_key_values
+    cache.layers[0].keys[0, 0, 3] = torch.nan
+    assert model(TOKENS[:, 16:17], past_key_values=cache).logits.isnan().all()
+
+
 @pytest.mark.parametrize("make", ["static", "padded"])
 def test_any_cache_and_padding(make, kernel):
     model = quickened(model_of("llama", kernel))

@@ -123,6 +123,20 @@ def test_any_family(family, tmp_path):
     assert (packed_logits - logits).norm() < 3e-2 * logits.norm()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_tied_head_and_its_embedding_are_one_tensor(dtype, tmp_path):
+    pack_model(make_model("llama_tied", tmp_path / "base", dtype=dtype), tmp_path)
+    model = load_packed(tmp_path / "packed", "torch", "cpu")
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_packed_model_is_not_saved_anew(bundled, tmp_path):
+    model = load_packed(bundled[0] / "packed", device="cpu")
+    for each in (model, model.base_model):
+        with pytest.raises(UserError, match="not saved anew"):
+            each.save_pretrained(tmp_path / "saved")
+
+
 # ---------------------------------------------------------------- what is not whole
 
 
@@ -234,6 +248,25 @@ def test_a_norm_of_whole_numbers(packed):
     norm = "model.layers.2.input_layernorm.weight"
     rewrite_shard(packed, lambda tensors: tensors.update({norm: tensors[norm].to(torch.int8)}))
     refused(packed, f"{norm} is torch.int8")
+
+
+def test_a_head_in_a_layer(packed):
+    """Whole numbers of 8 bits are the head's alone, which is in no layer."""
+    rewrite_shard(packed, lambda tensors: None, {"head": NAME})
+    load_packed(packed, device="cpu")
+
+
+def test_a_missing_buffer(tmp_path):
+    folder = tmp_path / "packed"
+    pack_model(make_model("deepseek_v3", tmp_path / "base"), tmp_path)
+    name, path = "model.layers.4.mlp.gate.e_score_correction_bias", folder / "model.layers.4.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    del tensors[name]
+    save_file(tensors, path, metadata=metadata)
+    edit_index(folder, lambda index: index["sha256"].update({path.name: sha256(path)}))
+    refused(folder, f"no tensor for {name}")
 
 
 def test_a_layer_too_much(packed):

@@ -54,8 +54,8 @@ def continue_prompt(model: torch.nn.Module, prompt: dict, count: int) -> tuple[t
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, inputs: dict, count: int) -> torch.Tensor:
-    """A prompt and up to `count` tokens more, int64 [1, tokens], as `model.generate` has them, which takes over
-    a millisecond more for each."""
+    """A prompt and up to `count` tokens more, int64 [1, tokens], as `model.generate`, which takes over a millisecond
+    more for each, has them where generation_config.json changes no logits."""
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     tokens, output = inputs["input_ids"], model(**inputs, use_cache=True)

@@ -30,7 +30,7 @@ def window_losses(decoder: Decoder, windows: Tensor, batch_size: int, without: C
 
 
 def perplexity(decoder: Decoder, windows: Tensor, batch_size: int, without: Collection[int] = ()) -> float:
-    """exp of the mean window loss, see `window_losses`; raises `UserError` when it is not finite."""
+    """exp of the mean window loss, see `window_losses`; raises `UserError` when it is not a number."""
     value = window_losses(decoder, windows, batch_size, without).mean().exp().item()
     if value != value:
         raise UserError(f"{decoder.checkpoint.folder}: the perplexity is not a number; a weight or activation is NaN")

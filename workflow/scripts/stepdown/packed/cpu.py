@@ -166,12 +166,9 @@ def build(flags: tuple[str, ...] = FLAGS) -> Path:
     target = folder / f"three_tier-{key[:16]}.so"
     if not target.exists():
         log.info("building the C++ kernels with %s: a few seconds, once", compiler)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        try:
-            _run([*command, "-o", str(partial)])
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            _run([*command, "-o", f"{own}/{target.name}"])
+            os.replace(f"{own}/{target.name}", target)
     return target
 
 

@@ -71,7 +71,10 @@ def _layer_fits(layer: nn.Module) -> bool:
     except AttributeError:
         return False
     sizes = layer.self_attn.head_dim, layer.mlp.gate_proj.in_features, layer.mlp.gate_proj.out_features
-    return all(isinstance(each, CpuMultiply) for each in multiplies) and not any(size % WHOLE for size in sizes)
+    if not all(isinstance(each, CpuMultiply) for each in multiplies) or any(size % WHOLE for size in sizes):
+        return False
+    # C++ takes all as it does the first.
+    return len({(each.avx512, each.matrix.bits) for each in multiplies}) == 1
 
 
 class OneToken:
@@ -95,7 +98,7 @@ class OneToken:
     def __call__(self, input_ids: Tensor | None = None, *positional, **named):
         if not positional and self._is_one_token(input_ids, **named):
             cache = named["past_key_values"]
-            if self._can_step(len(cache.layers)):
+            if self._can_step(cache):
                 return self._step(input_ids, cache, named.get("position_ids"))
         self._looked_at = None
         return self._own(self._decoder, input_ids, *positional, **named)
@@ -134,15 +137,16 @@ class OneToken:
         asked = {name: getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")} | others
         return asked.pop("return_dict", True) and all(each is None or each is False for each in asked.values())
 
-    def _can_step(self, layers: int) -> bool:
-        """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do."""
+    def _can_step(self, cache: DynamicCache) -> bool:
+        """Whether the decoder, as somebody may have changed it since, has nothing that only Python would do, and the
+        cache is one of its own."""
         now = RemovableHandle.next_id, torch.is_grad_enabled(), self._decoder.config._attn_implementation
         if self._looked_at != now or (self._usable and not self._layers.have_the_same_numbers()):
             if self._layers is None or not self._layers.are_those_of_the_decoder():
                 same = [type(each) for each in self._decoder.modules()] == self._kinds
                 self._layers = _Layers(self._decoder) if same and _fits(self._decoder) else None
             self._looked_at, self._usable = now, self._layers is not None and not self._layers.need_python()
-        return self._usable and layers == len(self._layers.parameters)
+        return self._usable and self._layers.are_as_in(cache)
 
     def _step(self, input_ids: Tensor, cache: DynamicCache, position_ids: Tensor | None) -> BaseModelOutputWithPast:
         known = cache.layers[0].keys.shape[2]
@@ -204,6 +208,13 @@ class _Layers:
 
     def _read_numbers(self) -> tuple[list[float], list[float]]:
         return [norm.variance_epsilon for norm in self._norms], [each.scaling for each in self._attentions]
+
+    def are_as_in(self, cache: DynamicCache) -> bool:
+        """Whether a cache holds keys of as many layers as are computed, and of their shape."""
+        layers, first = len(self.parameters), self.parameters[0]
+        shape = first.key_heads, first.head_size
+        held = cache.layers[0].keys.shape[1::2]
+        return layers == self._decoder.config.num_hidden_layers == len(cache.layers) and held == shape
 
     def have_the_same_numbers(self) -> bool:
         """Whether nobody has set an attribute whose number C++ was told; cheap enough for every token."""

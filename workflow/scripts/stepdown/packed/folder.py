@@ -164,7 +164,8 @@ def read_shard(path: Path, index: dict) -> tuple[dict[str, Tensor], dict[str, Pa
     tensors, metadata = load_tensors(path)
     matrices: dict[str, PackedMatrix | IntegerMatrix] = {}
     for name, shape in _shapes(path, metadata, index).items():
-        bits = HEAD_BITS if name == metadata.get("head") else VALUES[index["values"]]
+        is_head = name == metadata.get("head") and path.stem == REST
+        bits = HEAD_BITS if is_head else VALUES[index["values"]]
         kind, parts = (IntegerMatrix, INTEGER_PARTS[bits]) if bits else (PackedMatrix, PARTS)
         try:
             matrices[name] = kind(shape, **{part: tensors.pop(f"{name}.{part}") for part in parts})

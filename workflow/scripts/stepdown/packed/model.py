@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..cli import log, progress
 from ..errors import UserError
@@ -84,12 +84,12 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     if head_name(model) in matrices:
         _untie_head(model)
     stored = stored_names(model, sorted(shapes))
-    for name, parameter in model.named_parameters():
+    for name, tensor in _held(model).items():
         if name not in stored:
             raise UserError(f"{folder}: no tensor for {name}; was it packed from this model? pack it again")
-        if shapes[stored[name]] != parameter.shape:
+        if shapes[stored[name]] != tensor.shape:
             raise UserError(
-                f"{folder}: config.json makes {name} {list(parameter.shape)}, the files hold"
+                f"{folder}: config.json makes {name} {list(tensor.shape)}, the files hold"
                 f" {list(shapes[stored[name]])}; take both from the same model"
             )
     used = set(stored.values())
@@ -107,6 +107,14 @@ def name_tensors(model: nn.Module, folder: Path, index: dict) -> Names:
     return Names(stored, types_of(model, torch.bfloat16), linears, unpacked)
 
 
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of the model has: parameters, and buffers such as the bias of a router."""
+    of_files = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in of_files}
+    kept = without(buffers, model._keys_to_ignore_on_load_missing)
+    return dict(model.named_parameters()) | {name: buffers[name] for name in kept}
+
+
 def _weights_in_layers(model: nn.Module, unused: Set[str], used: set[str]) -> list[str]:
     """Those of the unused tensors that are a weight, or the bias beside one, in a layer of the model; what is neither,
     such as a mask, many checkpoints hold that no model loads."""
@@ -121,11 +129,17 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
     head = head_name(model)
     for file in progress(index["sha256"], "load"):
         tensors, matrices = read_shard(folder / file, index)
-        own = {name: tensors[source] for name, source in names.stored.items() if source in tensors}
-        for name, tensor in own.items():
-            if names.types[name].is_floating_point != tensor.is_floating_point():
-                raise UserError(f"{folder / file}: {names.stored[name]} is {tensor.dtype}; pack it again")
-            own[name] = tensor.to(place, names.types[name] if tensor.is_floating_point() else None)
+        own, moved = {}, {}
+        for name, source in names.stored.items():
+            if (tensor := tensors.get(source)) is None:
+                continue
+            wanted = names.types[name]
+            if wanted.is_floating_point != tensor.is_floating_point():
+                raise UserError(f"{folder / file}: {source} is {tensor.dtype}; pack it again")
+            # Once: a tied head and its embedding stay one tensor.
+            if (source, wanted) not in moved:
+                moved[source, wanted] = tensor.to(place, wanted if tensor.is_floating_point() else None)
+            own[name] = moved[source, wanted]
         for name, source in names.linears.items():
             if source in matrices:
                 matrix, bias = matrices[source].to(device=place), own.pop(f"{name}.bias", None)
@@ -138,7 +152,8 @@ def fill(model: nn.Module, names: Names, folder: Path, index: dict, kernel: str,
                 own[f"{name}.weight"] = weight.to(place, names.types[f"{name}.weight"])
         model.load_state_dict(own, strict=False, assign=True)
     _pack_head(model, folder, kernel, index["values"])
-    model.save_pretrained = partial(_refuse, folder, "a packed model is not saved anew; copy the folder")
+    for each in (model, model.base_model):
+        each.save_pretrained = partial(_refuse, folder, "a packed model is not saved anew; copy the folder")
     if isinstance(model.get_output_embeddings(), ThreeTierLinear):
         advice = "a packed head keeps its tokens; resize the model before it is packed"
         model.resize_token_embeddings = partial(_refuse, folder, advice)

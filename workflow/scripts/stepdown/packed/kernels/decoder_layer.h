@@ -27,9 +27,10 @@ AVX2_INLINE float sum_of(__m256 eight) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// e^x for x up to 88: 2^n times a polynomial for what is left of x, within 2 in the last place (Cephes' expf).
+// e^x for x up to 88, and what is not a number as it is: 2^n times a polynomial for what is left of x, within 2 in the last place (Cephes' expf).
 AVX2_INLINE __m256 exponential(__m256 x) {
-    x = _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(88.0f)), _mm256_set1_ps(-87.0f));
+    // Of two the second is given where one is not a number.
+    x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m256 left = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
     left = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), left);
