@@ -36,6 +36,16 @@ def test_a_threshold_leaves_the_share_below_it(seed, share, scale):
     assert below == pytest.approx(share, abs=0.01)
 
 
+def test_a_share_that_no_whole_step_reaches_is_met(tmp_path):
+    folder = make_model("llama", tmp_path / "model")
+    found = calibrate(folder, tmp_path / "thresholds.json", "greedy", "0.93")
+    sizes = {name: linear.weight.numel() for name, linear in open_decoder(folder, "cpu").linears().items()}
+    for layer in range(5):
+        names = [name for name in found if f".{layer}." in name]
+        share = sum(sizes[name] * found[name]["target"] for name in names) / sum(sizes[name] for name in names)
+        assert share == pytest.approx(0.93, abs=1e-6)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "greedy"])
 def test_the_share_is_met_over_each_layer_and_in_a_loaded_model(allocation, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -16,9 +16,10 @@ WINDOWS = torch.randint(VOCABULARY, (5, 16), generator=torch.Generator().manual_
 
 
 def gradients_of_whole_model(folder, linears):
-    """Mean over windows of the squared gradients of each linear's outputs, the loss summed over a window's tokens."""
+    """Mean over windows of the squared gradients of each linear's outputs, the loss summed over a window's tokens;
+    times all tokens over those the linear is given."""
     model = load_whole(folder, "cpu")
-    sums = {}
+    sums, tokens = {}, {}
 
     def watch(name, outputs):
         outputs.register_hook(lambda gradient: sums.update({name: sums.get(name, 0) + squares(gradient)}))
@@ -26,12 +27,16 @@ def gradients_of_whole_model(folder, linears):
     def squares(gradient):
         return gradient.flatten(0, -2).square().sum(0)
 
+    def count(name, inputs):
+        tokens[name] = tokens.get(name, 0) + inputs.shape[:-1].numel()
+
     for name in linears:
         model.get_submodule(name).register_forward_hook(lambda _, __, outputs, name=name: watch(name, outputs))
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: count(name, inputs[0]))
     for window in WINDOWS:
         loss = model(input_ids=window[None], labels=window[None]).loss
         (loss * len(window)).backward()
-    return {name: total / len(WINDOWS) for name, total in sums.items()}
+    return {name: total / len(WINDOWS) * WINDOWS.numel() / tokens[name] for name, total in sums.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "gpt_neox", "mixtral"])
@@ -44,6 +49,20 @@ def test_squared_gradients_are_the_whole_models(family, tmp_path):
     found = calibrate_backwards(decoder, WINDOWS, batch_size=2)
     for stored, name in own.items():
         torch.testing.assert_close(found.squared_gradients[stored], expected[name], rtol=1e-3, atol=1e-9)
+
+
+def test_an_expert_without_tokens_costs_what_the_cheapest_linear_of_its_layer_does(tmp_path):
+    changes = {"num_experts": 16, "num_experts_per_tok": 1}
+    decoder = open_decoder(make_model("qwen3_moe", tmp_path / "model", **changes), "cpu")
+    windows = WINDOWS[:1, :4]
+    seen = squared_input_norms(decoder, windows, 1)
+    found = calibrate_backwards(decoder, windows, 1)
+    costs = {name: float(found.squared_norms[name].mean() * found.squared_gradients[name].mean()) for name in seen}
+    layer = {name: cost for name, cost in costs.items() if name.startswith("model.layers.1.")}
+    unseen = [name for name in layer if bool((seen[name] == 1).all())]
+    assert len(unseen) >= 3 * 12
+    rest = min(cost for name, cost in layer.items() if name not in unseen)
+    assert [layer[name] for name in unseen] == [pytest.approx(rest, rel=1e-5)] * len(unseen)
 
 
 def test_norms_are_those_of_the_way_forwards(tmp_path):

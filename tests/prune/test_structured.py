@@ -58,6 +58,14 @@ def test_rotation_alone_leaves_the_logits_as_they_were(family, changes, tmp_path
     torch.testing.assert_close(logits(rotated), logits(load(folder)), rtol=0, atol=1e-4)
 
 
+def test_fewer_tokens_than_channels_can_be_rotated_with_a_tied_head(tmp_path):
+    folder = with_uneven_norms(make_model("llama_tied", tmp_path / "model", vocab_size=40))
+    slice_checkpoint(open_decoder(folder, "cpu"), TOKENS % 40, 2, 48, tmp_path / "rotated", IDENTITY)
+    rotated = load_whole(tmp_path / "rotated", "cpu")
+    found, expected = rotated(TOKENS % 40).logits, load(folder)(TOKENS % 40).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
 def test_a_sliced_model_is_not_saved_in_another_form(tmp_path):
     sliced = load_whole(cut(make_model("llama", tmp_path / "model"), 32, tmp_path / "sliced"), "cpu")
     with pytest.raises(UserError, match="a sliced model is not saved anew"):
@@ -168,7 +176,9 @@ def test_taylor_importance_is_that_of_backpropagation_through_the_whole_model(tm
         sum((parameter * parameter.grad).abs().sum().item() for parameter in layer.parameters() if parameter.dim() == 2)
         for layer in model.model.layers
     ]
-    assert taylor_importance(open_decoder(folder, "cpu"), TOKENS, 2).tolist() == pytest.approx(expected, rel=1e-4)
+    for batch_size in (2, 4, 6):
+        found = taylor_importance(open_decoder(folder, "cpu"), TOKENS, batch_size)
+        assert found.tolist() == pytest.approx(expected, rel=1e-4), batch_size
 
 
 @pytest.mark.parametrize("removal", REMOVALS)

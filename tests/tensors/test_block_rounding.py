@@ -111,6 +111,19 @@ def test_rounded_again_no_code_alone_does_better_elsewhere(monkeypatch):
         assert (gain[possible] >= -1e-4 * moved.square().amax() * hessian.diagonal().amax()).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_that_the_text_leaves_at_zero_keep_their_weights(bits):
+    weight, tiers = random_three_tier((48, 64), 10, 3)
+    hessian = inputs(weight.shape)
+    dead = [5, 40]
+    hessian[dead], hessian[:, dead] = 0, 0
+    rounded = round_in_blocks(weight, tiers, bits, hessian)
+    steps = (rounded.multiples.repeat_interleave(16, 1) * rounded.scales[:, None]).abs()
+    off = (rounded.weight - weight.float()).abs()[:, dead]
+    # The code -8 has no like on the other side.
+    assert (off <= 1.0001 * steps[:, dead]).all()
+
+
 def test_rows_and_blocks_of_zeros():
     weight, tiers = torch.zeros(32, 32), torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8)
     for bits in (8, 4):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from stepdown import cli
-from stepdown.models.checkpoint import Checkpoint, save_tensors
+from stepdown.models.checkpoint import Checkpoint, check_finite, save_tensors
 from stepdown.models.decoder import choose_device
 from stepdown.models.tier_maps import check_same_model, check_zeros, read_tier_map
 from stepdown.prune.calibration import read_calibration
@@ -19,6 +19,7 @@ def main(arguments: argparse.Namespace) -> None:
     for name in cli.progress(tier_map.tiers, "score"):
         weight = checkpoint.matrix(name)
         check_zeros(tier_map, name, weight, checkpoint.folder)
+        check_finite(checkpoint.folder, name, weight)
         scores[name] = score_dense(weight.to(device), name, calibration, tier_map.block_size, arguments.cost).cpu()
     save_tensors(scores, arguments.output, tier_map.identity | {"cost": arguments.cost})
 

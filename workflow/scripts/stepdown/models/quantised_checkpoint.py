@@ -30,7 +30,8 @@ def pack(quantised: Quantised, asked: Quantisation) -> dict[str, Tensor]:
     }
     if not asked.symmetric:
         tensors["weight_zero_point"] = pack_to_int32(quantised.zeros, asked.bits, packed_dim=0)
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+    # Of one element, any strides count as contiguous, and not all are written.
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def unpack(tensors: Mapping[str, Tensor], bits: int) -> Tensor:

@@ -113,13 +113,15 @@ def _greedy_shares(
             return (layer.output(0) - dense).float().norm().item()
 
     # The same number of multiplications is saved whichever linear it is.
-    missing = share * total
+    missing, step = share * total, STEP * total
     while missing > 1e-9 * total:
-        step = min(STEP * total, missing)
+        step = min(step, missing)
         raised = [shares | {name: shares[name] + step / sizes[name]} for name in linears]
         possible = [choice for choice in raised if max(choice.values()) <= 1]
         if not possible:
-            break
+            # No linear has as many left.
+            step /= 2
+            continue
         shares = min(possible, key=error)
         missing -= step
     return shares
@@ -146,7 +148,8 @@ def sparse_inputs(linears: Mapping[str, nn.Module], thresholds: Mapping[str, flo
 
 
 def _below_is_zero(threshold: float) -> Callable:
-    return lambda _, inputs: inputs[0] * (inputs[0].abs() >= threshold)
+    # In float32, as they were counted: bfloat16 would round the threshold onto a value below it.
+    return lambda _, inputs: inputs[0] * (inputs[0].abs().float() >= threshold)
 
 
 def switch_on(model: nn.Module, path: Path | str) -> Callable[[], None]:

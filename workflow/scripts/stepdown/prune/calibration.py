@@ -11,13 +11,13 @@ from torch import Tensor
 from ..cli import log
 from ..errors import UserError
 from ..files import check_length
-from ..models.checkpoint import check_identity, load_tensors
+from ..models.checkpoint import check_identity, load_tensors, shard_of
 from ..models.decoder import Decoder, open_decoder
 from ..models.layer_walk import LayerWalk
 from ..models.tier_maps import TierMap
 from ..text import calibration_windows, describe, parse_text
 from .layerwise import added, visit, visit_backwards
-from .statistics import accumulating_squared_gradients, accumulating_squares
+from .statistics import accumulating_squared_gradients, accumulating_squares, counting_tokens
 
 # What stands behind the name of a linear in the file that calibrate.py writes.
 GRADIENTS = " squared_gradients"
@@ -28,7 +28,7 @@ class Calibration:
     """Per linear, means over samples of sums over a sample's tokens, float32.
 
     squared_norms: of x_j^2, x its inputs [in]; squared_gradients: of (dL/dy_i)^2, y its outputs and L the loss summed
-    over a sample's tokens [out]; without any where costs do not ask for them.
+    over a sample's tokens [out], times all tokens over those the linear is given; without any where costs do not ask.
     """
 
     squared_norms: dict[str, Tensor]
@@ -86,7 +86,7 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     norms: dict[str, Tensor] = {}
     for layer in visit(LayerWalk(decoder, windows.split(batch_size)), "calibrate"):
         _add(norms, layer.gather(gather, advance=True))
-    return _complete(decoder, norms, "inputs")
+    return _complete(decoder, norms)
 
 
 def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> Calibration:
@@ -97,13 +97,19 @@ def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> C
     gather = partial(accumulating_squares, samples=len(windows))
     norms: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
     for layer in visit_backwards(LayerWalk(decoder, windows.split(batch_size)), summed=True):
-        with accumulating_squared_gradients(layer.linears, len(windows)) as found:
+        linears = layer.linears
+        with accumulating_squared_gradients(linears, len(windows)) as found, counting_tokens(linears) as seen:
             _add(norms, layer.gather(gather, advance=True))
         _add(gradients, found)
+        _add(tokens, seen)
+    # Sum of x^2 g^2 = tokens * mean of x^2 * mean of g^2 = sum of x^2 * sum of g^2 / tokens, each of the linear's own.
+    gradients = {name: found * (windows.numel() / int(tokens[name])) for name, found in gradients.items()}
     for name in sorted(norms.keys() - gradients.keys()):
-        log.warning("%s: the loss has no gradient of its outputs; ones stand for it", name)
-    return Calibration(_complete(decoder, norms, "inputs"), _complete(decoder, gradients, "gradients"))
+        log.warning("%s: the loss has no gradient of its outputs; it costs what the cheapest of its layer does", name)
+    norms = _complete(decoder, norms)
+    return Calibration(norms, _complete_gradients(decoder, gradients, norms))
 
 
 def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -111,16 +117,35 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     sums.update({name: added(sums.get(name), values.cpu()) for name, values in found.items()})
 
 
-def _complete(decoder: Decoder, found: dict[str, Tensor], of: str) -> dict[str, Tensor]:
-    """What was found of the `inputs` or the `gradients` of every linear; ones where no token was."""
+def _complete(decoder: Decoder, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norms of the inputs of every linear; ones where no token was."""
     for name, linear in decoder.linears().items():
-        if name not in found:
-            if of == "inputs":
-                log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
-            found[name] = torch.ones(linear.in_features if of == "inputs" else linear.out_features)
-        if not found[name].isfinite().all():
+        if name not in norms:
+            log.warning("%s saw no token of the calibration text: its weights go by magnitude", name)
+            norms[name] = torch.ones(linear.in_features)
+    _check_finite(decoder, norms, "inputs")
+    return norms
+
+
+def _complete_gradients(decoder: Decoder, gradients: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of every linear; of one that has none as much as lets its weights cost, on average, what those of
+    the cheapest linear of its decoder layer do: an expert without a token is rarer than any that has some."""
+    _check_finite(decoder, gradients, "gradients")
+    cheapest: dict[str, float] = {}
+    for name, found in gradients.items():
+        cost = float(norms[name].mean() * found.mean())
+        cheapest[shard_of(name)] = min(cost, cheapest.get(shard_of(name), cost))
+    for name, linear in decoder.linears().items():
+        if name not in gradients:
+            cost, mean = cheapest.get(shard_of(name), 1.0), float(norms[name].mean())
+            gradients[name] = torch.full((linear.out_features,), cost / mean if mean else cost)
+    return gradients
+
+
+def _check_finite(decoder: Decoder, found: dict[str, Tensor], of: str) -> None:
+    for name, values in found.items():
+        if not values.isfinite().all():
             raise UserError(f"{decoder.checkpoint.folder}: the {of} of {name} are not finite (NaN or infinity)")
-    return found
 
 
 def as_tensors(calibration: Calibration) -> dict[str, Tensor]:

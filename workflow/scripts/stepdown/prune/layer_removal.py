@@ -4,6 +4,7 @@ What is left is an ordinary checkpoint of the same family with fewer layers.
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -99,7 +100,8 @@ def perplexity_without(decoder: Decoder, windows: Tensor, batch_size: int) -> Te
 def taylor_importance(decoder: Decoder, windows: Tensor, batch_size: int) -> Tensor:
     """Sum of |w * dL/dw| over the weights of a layer's linears, L the loss on the windows: float64 [layers] (Kim et al.
     2024)."""
-    walk = LayerWalk(decoder, windows.split(batch_size))
+    # Batches of one size, whose mean losses are parts of the same mean.
+    walk = LayerWalk(decoder, windows.split(math.gcd(batch_size, len(windows))))
     importance = []
     for layer in visit_backwards(walk):
         gradients = layer.gather(summing_weight_gradients, advance=True)

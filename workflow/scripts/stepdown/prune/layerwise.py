@@ -5,6 +5,7 @@ is open the calibration text goes through the layer, and hooks sum what the meth
 gradients (backwards) of the linears. `make(name, weight, statistics)` returns what becomes of a weight.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -58,19 +59,26 @@ class LoadedLayer:
     def called_together(self) -> list[list[str]]:
         """The linears in the order they are called, those that are given the same tensor (q, k and v) together.
 
-        Those that are not given every token, such as experts, are left out.
+        Those that are not given every token once, such as experts, are left out.
         """
         groups: list[tuple[Tensor, list[str]]] = []
+        calls: Counter[str] = Counter()
 
         def record(name: str, inputs: Tensor) -> None:
+            calls[name] += 1
             if not groups or inputs is not groups[-1][0]:
                 groups.append((inputs, []))
             groups[-1][1].append(name)
 
         with watching_inputs(self.linears, record):
             self.replay(advance=False, batch=0)
-        tokens = max((inputs.shape[:-1].numel() for inputs, _ in groups), default=0)
-        return [names for inputs, names in groups if inputs.shape[:-1].numel() == tokens]
+        given = [inputs.shape[:-1].numel() for inputs, _ in groups]
+        # A layer may be given more than the text's tokens, and one of its linears a token in several parts.
+        tokens = self.walk.batches[0].numel()
+        tokens = tokens if tokens in given else max(given, default=0)
+        whole = [names for count, (_, names) in zip(given, groups, strict=True) if count == tokens]
+        once = ([name for name in names if calls[name] == 1] for names in whole)
+        return [names for names in once if names]
 
     def inputs(self, name: str, batch: int) -> Tensor:
         """What a linear is given of a batch, float32 [tokens, in]; what comes after it in the layer is not computed. An

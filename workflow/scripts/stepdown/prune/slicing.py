@@ -241,7 +241,8 @@ def _tied(
         stored.copy_(turned)
         gram += turned.T @ turned
         products += turned.T @ (rows @ targets)
-    solved = torch.cholesky_solve(products, torch.linalg.cholesky(gram))
+    # Of fewer tokens than channels the least squares of least norm.
+    solved = torch.linalg.pinv(gram, hermitian=True) @ products
     tensors = {
         f"{form.tied}.weight": table,
         f"{form.final_norm}.1.weight": solved[:, : last.shape[1]].contiguous(),

@@ -4,7 +4,7 @@ A linear that is given no token, such as an expert that none is routed to, is mi
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -58,12 +58,18 @@ def accumulating_squared_gradients(linears: Mapping[str, nn.Linear], samples: in
             outputs.register_hook(partial(add, name))
 
     def add(name: str, gradient: Tensor) -> None:
-        squares = squared_column_sums(gradient)
+        # Rows of what a family's own linear answers with may lie in groups.
+        squares = squared_column_sums(gradient.reshape(-1, linears[name].weight.shape[0]))
         sums[name] = sums[name] + squares if name in sums else squares
 
     with watching_outputs(linears, watch):
         yield sums
     sums.update({name: total / samples for name, total in sums.items()})
+
+
+def counting_tokens(linears: Mapping[str, nn.Linear]) -> AbstractContextManager[dict[str, Tensor]]:
+    """While open, counts the tokens each linear is given: name -> int64 []."""
+    return accumulating(linears, lambda inputs: torch.tensor(inputs.shape[:-1].numel()))
 
 
 @contextmanager

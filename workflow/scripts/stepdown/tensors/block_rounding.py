@@ -89,7 +89,8 @@ def _gptq(weight: Tensor, row_tiers: Tensor, scales: Tensor, bits: int, hessian:
         multiples[block] = fit_multiples(weights[:, None], row_tiers[:, block, None], scales, bits)[:, 0]
         codes[part] = columns.settle(part, keep[part], _rounding(multiples[block], scales, row_tiers[:, block], bits))
 
-    settle_columns(weight, hessian, BLOCK_SIZE, settle, name)
+    # An input that the text leaves at zero may not be zero in another: nothing was pruned there.
+    settle_columns(weight, hessian, BLOCK_SIZE, settle, name, dead_to_zero=False)
     return Rounded(codes.T.contiguous(), multiples.T.contiguous(), scales)
 
 
@@ -99,15 +100,14 @@ def _round_again(weight: Tensor, rounded: Rounded, row_tiers: Tensor, bits: int,
     q_j <- w_j + sum over i != j of (W - Q)_i H_ij / H_jj
     """
     diagonal = hessian.diagonal()
-    dead, diagonal = diagonal == 0, torch.where(diagonal == 0, 1.0, diagonal)
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
     # As in the factor by which they were rounded before.
     diagonal = diagonal + DAMPINGS[0] * diagonal.mean()
     # What those to the right have lost; those to the left are carried once they are rounded again.
-    lost = rounded.weight.neg_().add_(weight).masked_fill_(dead, 0.0)
+    lost = rounded.weight.neg_().add_(weight)
     change = hessian.tril(-1).div_(diagonal).T @ lost.T
     del lost
     transposed = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
-    transposed.masked_fill_(dead[:, None], 0.0)
     columns = Columns(transposed, change, hessian.triu().div_(diagonal), diagonal.sqrt())
     keep, codes = (weight != 0).T.contiguous(), torch.empty_like(rounded.codes.T, memory_format=torch.contiguous_format)
 

@@ -59,7 +59,8 @@ def gptq(weight: Tensor, hessian: Tensor, asked: Quantisation, dtype: torch.dtyp
         if part.start % size == 0:
             # A group's columns, or all of them; masked ones are no part of it.
             all_of_it = slice(part.start, part.start + size)
-            weights = columns.updated(all_of_it) * keep[all_of_it].T
+            updated = columns.updated(all_of_it) if size < inputs else columns.weight.T
+            weights = updated * keep[all_of_it].T
             scales[group], zeros[group] = fit_grid(weights, asked, dtype)
         low, high = (limit - zeros[group].float() for limit in _limits(asked.bits))
         rounding = Rounding(scales[group].to(columns.weight.dtype), low, high)

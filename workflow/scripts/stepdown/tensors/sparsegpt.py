@@ -123,15 +123,22 @@ def _kernels() -> ModuleType | None:
 
 
 def settle_columns(
-    weight: Tensor, hessian: Tensor, unit: int, settle: Callable[[slice, Columns], None], name: str = "matrix"
+    weight: Tensor,
+    hessian: Tensor,
+    unit: int,
+    settle: Callable[[slice, Columns], None],
+    name: str = "matrix",
+    dead_to_zero: bool = True,
 ) -> Tensor:
     """Settle the columns of a weight [out, in] from left to right, those to come making up for what each has lost.
 
-    settle: settles `unit` columns at a time. Returns [out, in] in the type of the Hessian; raises as `factorise` does.
+    settle: settles `unit` columns at a time; dead_to_zero: columns of inputs that are always zero count as zero, as in
+    the code published with SparseGPT and GPTQ. Returns [out, in] in the type of the Hessian; raises as `factorise`.
     """
     factor, scale = factorise(hessian, name)
     transposed = weight.T.to(hessian.dtype, memory_format=torch.contiguous_format, copy=True)
-    transposed.masked_fill_((hessian.diagonal() == 0)[:, None], 0.0)
+    if dead_to_zero:
+        transposed.masked_fill_((hessian.diagonal() == 0)[:, None], 0.0)
     columns = Columns(transposed, torch.zeros_like(transposed), factor, scale)
 
     def finish(first: int, last: int) -> None:
