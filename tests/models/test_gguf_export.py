@@ -72,6 +72,57 @@ def test_bf16_is_the_same_model(family, tmp_path):
     assert torch.equal(logits(tmp_path / "again"), logits(model))
 
 
+def with_rope(model, **parameters):
+    """The model with its rotary positions stretched."""
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0} | parameters
+    config["max_position_embeddings"] = 16384
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_stretched_positions_of_llama_3_are_read_back(factor, model, tmp_path):
+    with_rope(model, rope_type="llama3", factor=factor, **LLAMA_3)
+    export_gguf(model, tmp_path / "model.gguf", "bf16")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), logits(model))
+    with_rope(model, rope_type="default")
+    assert not torch.equal(logits(tmp_path / "again"), logits(model))
+
+
+def test_positions_stretched_in_another_way_are_refused(model, tmp_path):
+    with_rope(model, rope_type="llama3", factor=8.0, **(LLAMA_3 | {"high_freq_factor": 2.0}))
+    export_gguf(model, tmp_path / "model.gguf", "bf16")
+    with pytest.raises(UserError, match=r"rope_freqs.* are not those of Llama 3"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_biases_that_are_not_read_are_refused(tmp_path):
+    make_model("llama", tmp_path / "model", dtype="bfloat16", attention_bias=True, **SIZES)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "resources/pydoc-llama" / name, tmp_path / "model" / name)
+    prune_by_magnitude(tmp_path / "model", tmp_path / "pruned")
+    export_gguf(tmp_path / "pruned/model", tmp_path / "model.gguf", "bf16")
+    with pytest.raises(UserError, match=r"holds biases, such as .*attn_k.bias"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "again")
+
+
+def test_nothing_beside_an_imported_model_is_lost(model, tmp_path):
+    export_gguf(model, tmp_path / "there/model.gguf", "bf16")
+    with pytest.raises(UserError, match=r"the model .*model.gguf lies there, and would be lost"):
+        import_gguf(tmp_path / "there/model.gguf", tmp_path / "there")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="holds thesis"):
+        import_gguf(tmp_path / "there/model.gguf", tmp_path / "other")
+    assert (tmp_path / "there/model.gguf").exists() and (tmp_path / "other/thesis.txt").exists()
+
+
 @pytest.mark.parametrize("model", ["llama", "qwen2"], indirect=True)
 def test_q8_0_keeps_zeros_and_rounds_the_rest(model, tmp_path):
     export_gguf(model, tmp_path / "model.gguf", "q8_0")

@@ -43,6 +43,12 @@ def test_rounding_is_to_a_neighbour_and_loses_nothing_on_average():
         assert (rounded[:, exact] == values[0, exact]).all()
 
 
+def test_what_is_not_a_number_stays_so():
+    # All bits set, as a GPU writes it, and as a CPU does.
+    values = torch.tensor([2**31 - 1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    assert round_stochastically(values, torch.Generator().manual_seed(0)).isnan().all()
+
+
 def test_steps_are_those_of_adamw_but_for_the_rounding(monkeypatch):
     """On average over many weights that start alike; the second moment falls by 0.1 % a step, which is no bfloat16."""
     monkeypatch.setattr(bf16_adamw, "CHUNK", 3000)

@@ -158,9 +158,29 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, method):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+def test_a_family_without_checkpointing_is_told(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_configuration("openai-gpt"))
+    settings = RecoverySettings(epochs=1, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="gradient_checkpointing: transformers has none for a OpenAIGPTLMHeadModel"):
+        recover(model, {}, WINDOWS, WINDOWS, settings, tmp_path)
+
+
+def test_a_model_that_finds_no_memory_is_told(tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recovery, "_place", fail)
+    with pytest.raises(UserError, match="recovery: out of memory at batch_size"):
+        run(tmp_path)
+
+
 def test_tensorboard_reads_the_curves_of_the_log(pruned):  # noqa: F811
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (pruned / "curves").mkdir()
+    (pruned / "curves/mine.txt").write_text("kept")
+    (pruned / "curves/events.out.tfevents.1.old").write_text("of a run before")
     finetuned(pruned, tensorboard=pruned / "curves")
+    assert (pruned / "curves/mine.txt").exists() and not (pruned / "curves/events.out.tfevents.1.old").exists()
     events = accumulator.EventAccumulator(str(pruned / "curves")).Reload()
     log = json.loads((pruned / "training.json").read_text())["log"]
     for name in ("loss", "eval_loss"):
@@ -278,6 +298,17 @@ def train_by_text(family: str, state: Path) -> None:
 def test_what_no_text_reaches_is_not_waited_for(tmp_path):
     """gemma3 has a part for images: its parameters get no gradients, in no process."""
     run_in_processes(train_by_text, 2, "gemma3", tmp_path)
+
+
+def end_one(rank_of_it: int) -> None:
+    if int(os.environ["RANK"]) == rank_of_it:
+        os.kill(os.getpid(), 9)
+    time.sleep(60)
+
+
+def test_a_process_that_is_ended_from_outside_is_told():
+    with pytest.raises(UserError, match=r"recovery: process 1 of 2 was ended from outside \(SIGKILL\)"):
+        run_in_processes(end_one, 2, 1)
 
 
 def test_all_options_together_over_shards(pruned):  # noqa: F811

@@ -393,7 +393,8 @@ def pass_on_checkpoint(source: Path | str, target: Path | str) -> None:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        # What a link leads to: a relative one would lead nowhere from another folder.
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 

@@ -74,7 +74,7 @@ def scores_of(tokens: list[str], merges: list[str]) -> list[float]:
 def pre_tokenizer_of(state: dict[str, Any], folder: Path) -> str:
     """What llama.cpp calls the way a byte-level tokenizer splits text into words."""
     first = state["pre_tokenizer"] or {}
-    steps = first.get("pretokenizers", [first])
+    steps = first.get("pretokenizers") or [first]
     *before, last = steps
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"]:
         kinds = [step["type"] for step in before]

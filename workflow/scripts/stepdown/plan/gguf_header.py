@@ -46,15 +46,24 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """fields: key -> number, text, or list of them; parameters: entries of all tensors together."""
+    """fields: key -> number, text, or list of them; tensors: name -> how many entries it has."""
 
     fields: dict[str, Any]
-    parameters: int
+    tensors: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all tensors together."""
+        return sum(self.tensors.values())
+
+    def of_architecture(self, key: str) -> Any:
+        """What the file says of its own architecture, None where nothing."""
+        return self.fields.get(f"{self.fields['general.architecture']}.{key}")
 
     @property
     def context_length(self) -> int | None:
         """Tokens of the longest sequence the model was trained on."""
-        length = self.fields.get(f"{self.fields['general.architecture']}.context_length")
+        length = self.of_architecture("context_length")
         return length if isinstance(length, int) and length > 0 else None
 
 
@@ -95,7 +104,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
     expected = start + max(ends, default=0)
     if size < expected:
         raise UserError(f"{file}: truncated ({size} bytes, {expected} expected); copy or download it again")
-    return GgufHeader(fields, sum(entries))
+    return GgufHeader(fields, {name: count for count, (name, *_) in zip(entries, tensors, strict=True)})
 
 
 def _read(opened: BinaryIO, size: int) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]]]:

@@ -78,4 +78,6 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     # A bfloat16 is the upper half of a float32: a random lower half is added, and what does not carry over is cut off.
     noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+    # A GPU's NaN has all bits set, which would carry over into the sign and come out as a zero.
+    return torch.where(values.isnan(), values, rounded).bfloat16()

@@ -24,6 +24,7 @@ from ..prune.calibration import squared_input_norms
 from ..tensors.masks import count_zeros, keep_above_rank, keep_all_but_smallest
 from ..tensors.patterns import Pattern, TierOptions, pattern_of
 from ..tensors.saliency import wanda
+from .losses import use_chunked_cross_entropy_
 
 # Windows of the training text on which Wanda's norms are measured.
 CALIBRATION_WINDOWS = 128
@@ -130,6 +131,7 @@ def prune_while_training(
     Raises `UserError` when the loss is not finite.
     """
     torch.manual_seed(settings.seed)  # Of dropout.
+    use_chunked_cross_entropy_(model)
     weights = {name: model.get_submodule(name).weight for name in names}
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     batches = windows[order].split(settings.batch_size)

@@ -41,10 +41,15 @@ def run_in_processes(function: Callable[..., None], count: int, *arguments: Any)
     arguments = tuple(each.numpy() if isinstance(each, Tensor) else each for each in arguments)
     try:
         multiprocessing.spawn(_work, (count, port, threads, errors, function, arguments), nprocs=count)
-    except (ProcessExitedException, ProcessRaisedException):
-        if errors.empty():
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        if not errors.empty():
+            raise UserError(errors.get()) from None
+        if isinstance(error, ProcessRaisedException):
             raise
-        raise UserError(errors.get()) from None
+        how = error.signal_name or f"exit status {error.exit_code}"
+        raise UserError(
+            f"recovery: process {error.error_index} of {count} was ended from outside ({how}); is there memory enough?"
+        ) from None
 
 
 def _work(rank: int, count: int, port: int, threads: int, errors: Any, function: Callable, arguments: tuple) -> None:

@@ -4,7 +4,8 @@
 change, False where it is zero and stays zero.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,9 @@ def recover(
     loss is not finite.
     """
     _check_texts(training=windows, evaluation=evaluation_windows)
+    if settings.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        kind = type(model).__name__
+        raise UserError(f"recovery: gradient_checkpointing: transformers has none for a {kind}; set it to false")
     transformers.set_seed(settings.seed)
     use_chunked_cross_entropy_(model)
     if settings.method == "lora":
@@ -90,20 +94,21 @@ def recover(
     training = training_arguments(settings, state, device)
     if settings.processes > 1 and not settings.sharded:
         training.ddp_find_unused_parameters = not _text_reaches_all(model, windows[:1, :1])
-    _place(model, teacher, settings.sharded, training.device, read)
-    trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
-        # An adapter's own mask does all there is to do.
-        keep_masks={} if settings.method == "lora" else keep_masks,
-        distillation=settings.distillation(teacher),
-        moments=moments,
-        low_memory=settings.memory == "low",
-        model=model,
-        args=training,
-        train_dataset=Windows(windows),
-        eval_dataset=Windows(evaluation_windows),
-        optimizer_cls_and_kwargs=optimizer_of(settings),
-    )
-    _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
+    with _memory_told(settings.batch_size):
+        _place(model, teacher, settings.sharded, training.device, read)
+        trainer = (ShardedTrainer if settings.sharded else MaskedTrainer)(
+            # An adapter's own mask does all there is to do.
+            keep_masks={} if settings.method == "lora" else keep_masks,
+            distillation=settings.distillation(teacher),
+            moments=moments,
+            low_memory=settings.memory == "low",
+            model=model,
+            args=training,
+            train_dataset=Windows(windows),
+            eval_dataset=Windows(evaluation_windows),
+            optimizer_cls_and_kwargs=optimizer_of(settings),
+        )
+        _train(trainer, last_checkpoint(state), settings.early_stopping, tensorboard)
     moments = moments_of(trainer) if keep_moments else {}
     model = _finished(model, keep_masks, settings, adapter)
     log = _curve(trainer.state.log_history)
@@ -190,10 +195,15 @@ def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard
         trainer.add_callback(TensorBoard(tensorboard, done.global_step))
     # The evaluation before the first step is part of a checkpoint's log already.
     trainer.args.eval_on_start = checkpoint is None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextmanager
+def _memory_told(batch_size: int) -> Iterator[None]:
+    """Whether model and teacher have no place or what is computed: `UserError`."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        yield
     except torch.OutOfMemoryError as error:
-        batch_size = trainer.args.per_device_train_batch_size
         raise UserError(f"recovery: out of memory at batch_size {batch_size}: lower it, or sequence_length") from error
 
 

@@ -1,7 +1,6 @@
 """What watches a training: ends it when it must end, and shows how it goes."""
 
 import math
-import shutil
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -46,7 +45,8 @@ class TensorBoard(TrainerCallback):
         from torch.utils.tensorboard import SummaryWriter
 
         if step == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
