@@ -4,11 +4,11 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..errors import UserError
 from ..models.decoder import Decoder
 from ..models.layer_walk import LayerWalk
+from ..tensors.token_chunks import sum_over_tokens, summed_cross_entropy
 
 PROTOCOL = (
     "non-overlapping windows of {length} tokens, remainder dropped; mean cross-entropy over the {predictions}"
@@ -45,7 +45,9 @@ def describe_protocol(length: int) -> str:
 def batch_losses(batch: Tensor, logits: Tensor) -> Iterator[Tensor]:
     """Mean cross-entropy of each window, int64 [windows, tokens], by its logits [windows, tokens, vocabulary].
 
-    One window at a time: the float32 logits of a whole batch would not fit where its hidden states do.
+    Some tokens at a time: the float32 logits of all would not fit where their hidden states do.
     """
     for tokens, scores in zip(batch, logits, strict=True):
-        yield cross_entropy(scores[:-1].float(), tokens[1:].to(scores.device)).double().cpu()
+        following = tokens[1:].to(scores.device)
+        summed = sum_over_tokens(summed_cross_entropy, scores[:-1], following)
+        yield (summed / len(following)).double().cpu()

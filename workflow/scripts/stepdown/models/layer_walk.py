@@ -9,21 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ..cli import progress
 from ..errors import UserError
-from ..tensors.token_chunks import sum_over_tokens
+from ..tensors.token_chunks import sum_over_tokens, summed_cross_entropy
 from .decoder import Decoder, load_module, load_zeros, loaded_around_layers, loaded_before_layers, unload
 from .host_states import HostStates
 
 # Logits that are float32 at a time: 16 MB, less than a layer.
 CHUNK = 2**22
-
-
-def _summed_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    return cross_entropy(logits.float(), tokens, reduction="sum")
 
 
 class LayerWalk:
@@ -95,7 +90,7 @@ class LayerWalk:
                     logits = model(input_ids=tokens, use_cache=False).logits
                 # Families differ in what they add to a loss of their own.
                 logits, following = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-                loss = sum_over_tokens(_summed_losses, logits, following, entries=CHUNK) / len(following)
+                loss = sum_over_tokens(summed_cross_entropy, logits, following, entries=CHUNK) / len(following)
                 loss = loss * (tokens.numel() if summed else 1)
                 with carrying_back(self.decoder):
                     gradient = torch.autograd.grad(loss, state)[0]

@@ -8,10 +8,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 # Logits of a chunk: 64 MB in float32.
 CHUNK = 2**24
+
+
+def summed_cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
+    """Of logits [tokens, vocabulary] for the tokens that follow, int64 [tokens], in float32."""
+    return cross_entropy(logits.float(), following, reduction="sum")
 
 
 def sum_over_tokens(
