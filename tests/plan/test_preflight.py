@@ -160,13 +160,15 @@ def test_a_section_given_as_text_is_complete(key, section):
 
 def test_adapter_targets_that_match_nothing(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    tensors = {f"layers.0.{name}.weight": torch.ones(2, 2) for name in ("q_proj", "up_proj")}
+    names = ("layers.0.q_proj", "layers.0.up_proj", "embed_tokens", "lm_head")
+    tensors = {f"{name}.weight": torch.ones(2, 2) for name in names}
     save_file(tensors, tmp_path / "model.safetensors")
     for targets in ("all-linear", "q_proj", ["layers.0.up_proj", "q_proj"]):
         preflight.check_adapter_targets(targets, tmp_path)
     told = error_of(preflight.check_adapter_targets, ["q_proj", "v_proj"], tmp_path)
     assert told == f"config key recovery.lora.targets: found 'v_proj'; {tmp_path} has q_proj, up_proj, or all-linear"
-    assert "found 'proj'" in error_of(preflight.check_adapter_targets, "proj", tmp_path)
+    for other in ("proj", "embed_tokens", "lm_head"):
+        assert f"found '{other}'" in error_of(preflight.check_adapter_targets, other, tmp_path)
 
 
 def test_shards_want_several_processes():
@@ -179,7 +181,10 @@ def test_shards_want_several_processes():
     ("other", "told"),
     [
         ({"schedule": None}, "packs the last iteration, but schedule is null; write packed: []"),
-        ({"pruning": {"block_size": 32}}, "have blocks of 16, pruning.block_size is 32; write packed: []"),
+        (
+            {"pruning": {"block_size": 32}},
+            "found 32; models are packed in blocks of 16; write that, or speed.packed: []",
+        ),
     ],
 )
 def test_packed_models_that_cannot_be_measured(other, told):
@@ -455,6 +460,19 @@ def test_a_step_by_another_number(step):
     assert "of which step?" in error_of(check_step, step, None)
 
 
+def test_a_name_of_another_allocation_says_how_each_is_written():
+    assert "write one of uniform-0.5, greedy-0.5" in error_of(check_step, "dynamic/foo/iter1", None)
+
+
+def test_a_sliced_model_is_quantised_in_groups_of_what_is_left(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "intermediate_size": 128}))
+    check_step("quantised/gptq4-g16/iter1", tmp_path, 8)
+    check_step("quantised/gptq4-g8/structured/slicegpt-0.2", tmp_path, 8)
+    check_step("quantised/gptq4-g16/structured/slicegpt-0.2", tmp_path, 16)
+    told = error_of(check_step, "quantised/gptq4-g16/structured/slicegpt-0.1", tmp_path, 8)
+    assert told == "group size 16: does not divide the 56 inputs of the sliced model; choose a divisor"
+
+
 def test_a_folder_or_a_hub_id(model, monkeypatch):
     assert preflight.local_model(str(model)) == model
     assert preflight.local_model("meta-llama/Llama-2-7b-hf") is None
@@ -490,6 +508,8 @@ def test_texts(tmp_path):
     )
     assert "no file for the split valid" in error_of(check, "here", splits, ("train", "valid"), 8)
     assert "no file nowhere.txt" in error_of(check, "here", splits, ("test",), 8)
+    only_files = "no file pydoc; name a file: split by split, a text is of files only"
+    assert only_files in error_of(check, "here", {"train": "pydoc"}, ("train",), 8)
     other = tmp_path / "some.doc"
     other.write_text("word " * 100)
     assert "some.doc ends in none of .txt" in error_of(check, "here", str(other), ("train",), 8)
@@ -539,12 +559,38 @@ def test_the_first_row_is_looked_at(tmp_path, content, told):
 def test_a_text_that_cannot_be_cut_between_lines(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("word " * 100 + "\n\n")
-    assert "a.txt has 1 lines with text, of which no train" in error_of(
-        preflight.check_text, "here", str(file), ("train", "valid"), 8
-    )
+    told = error_of(preflight.check_text, "here", str(file), ("train", "valid"), 8)
+    assert "a.txt, cut between lines at 80 and 90 %, has 0 bytes of text for valid, too few for one sequence" in told
     preflight.check_text("here", {"train": str(file), "valid": str(file)}, ("train", "valid"), 8)
     file.write_bytes(b"word \r" * 100)
     preflight.check_text("here", str(file), ("train", "valid"), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "split", "told"),
+    [
+        ("a.txt", "word\n" * 100, "valid", "has 50 bytes of text for valid, too few for one sequence of 64 tokens"),
+        ("a.md", "word\n" * 100, "test", "has 50 bytes of text for test"),
+        ("a.txt", "\ufeff" + ("word " * 1000 + "\n") * 3, "test", "between lines at 80 and 90 %, has 0 bytes"),
+        ("a.txt", "word\n" * 8000 + "\n" * 5000, "test", None),
+        ("a.txt", "word " * 100 + "\n" * 80, "test", "has 0 bytes of text for test"),
+        ("a.jsonl", '{"text": "some \\udc80 text"}\n' * 30, "valid", "between rows at 80 and 90 %, has 43 bytes"),
+        ("a.jsonl", '{"text": "some text"}\n' * 80, "valid", None),
+        ("a.jsonl", '{"text": "some text"}\n{"text": 3}\n' * 30, "valid", None),
+        ("a.txt", "word\n" * 16, "train", "has 65 bytes of text for train"),
+    ],
+)
+def test_a_split_too_short_for_one_sequence(tmp_path, name, content, split, told):
+    """Cut as the jobs cut it; a row that is none is theirs to tell."""
+    file = tmp_path / name
+    file.write_text(content)
+    length = 66 if split == "train" else 64
+    if told:
+        assert told in error_of(preflight.check_text, "here", str(file), (split,), length)
+        found = len("\n\n".join(text._file_documents(str(file), split)).encode())
+        assert found < length or not "".join(text._file_documents(str(file), split)).strip()
+    else:
+        preflight.check_text("here", str(file), (split,), length)
 
 
 def test_a_name_that_is_no_text_stands_in_no_result():
@@ -568,7 +614,7 @@ def test_a_text_evaluated_twice(texts):
 
 def test_a_complete_configuration_is_checked_against_what_it_names(model, tmp_path):
     file = tmp_path / "some.txt"
-    file.write_text("word\n" * 100)
+    file.write_text("word\n" * 200)
     small = {"sequence_length": 64}
     config = complete(
         {"model": str(model), "calibration": small, "recovery": {**small, "text": str(file)}, "evaluation": small}
@@ -578,3 +624,9 @@ def test_a_complete_configuration_is_checked_against_what_it_names(model, tmp_pa
     assert "evaluation.sequence_length: found 129" in error_of(preflight.check_inputs, config)
     config["evaluation"] = {**small, "texts": ["pydoc", "nowhere.txt"]}
     assert "evaluation.texts: no file nowhere.txt" in error_of(preflight.check_inputs, config)
+    # Whose last tenth is no sequence, which is nothing to who only calibrates on it.
+    file.write_text("word\n" * 100)
+    config["evaluation"], config["calibration"] = {**small, "texts": ["pydoc"]}, {**small, "text": str(file)}
+    assert "recovery.text: " in error_of(preflight.check_inputs, config)
+    config["recovery"]["text"] = "pydoc"
+    preflight.check_inputs(config)

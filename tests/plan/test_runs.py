@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdown.errors import UserError
-from stepdown.plan.runs import Run, check_selection, parse_run
+from stepdown.plan.runs import Run, check_selection, parse_gradual, parse_run
 
 METHODS = ["magnitude", "sparsegpt", "wanda"]
 
@@ -76,6 +76,22 @@ def test_a_wrong_name_is_one_line_that_says_what_could_stand_there(name, words):
         parse_run(name, METHODS)
     message = str(caught.value)
     assert message.startswith(f"one-shot run {name!r}: ") and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("foo", "unknown method 'foo'; the methods are magnitude, wanda"),
+        ("sparsegpt-2of4", "sparsegpt has no saliency to go by; write magnitude or wanda"),
+        ("wanda-unstructured-1.5", "sparsity 1.5; write a share"),
+        ("wanda-4of2", "keeps 4 of each 2"),
+        ("wanda-hybrid", "only unstructured and N of M rise"),
+    ],
+)
+def test_a_wrong_name_of_a_gradual_run_is_told_as_such(name, words):
+    with pytest.raises(UserError) as caught:
+        parse_gradual(name, METHODS)
+    assert str(caught.value).startswith(f"gradual run {name!r}: ") and words in str(caught.value)
 
 
 @pytest.mark.parametrize("pattern", ["three-tier", "hybrid"])

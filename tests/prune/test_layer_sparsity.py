@@ -79,18 +79,18 @@ def test_of_several_lines_the_last_counts_and_what_is_not_pruned_may_have_0():
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"lm_head": 0.5}, "layer sparsity lm_head: no such matrix to prune; they are called model.layers.0."),
-        ({"layers.0": 1}, "layer sparsity layers.0: a sparsity of 1; it must be from 0 to below 1"),
-        ({"layers.0": -0.1}, "layer sparsity layers.0: a sparsity of -0.1"),
-        ({"mlp": 0.0}, "what the table leaves to the other matrices: a sparsity of 3.1"),
-        ({"mlp": 0.9}, "what the table leaves to the other matrices: a sparsity of -1.6"),
-        ({"layers": 0.4}, "the table names every matrix, and they sum to 0.4, not 0.5"),
+        ({"lm_head": 0.5}, "found lm_head, which matches no matrix to prune; write parts of such as model.layers.0."),
+        ({"layers.0": 1}, "layers.0: a sparsity of 1, not from 0 to below 1; write another"),
+        ({"layers.0": -0.1}, "layers.0: a sparsity of -0.1"),
+        ({"mlp": 0.0}, "what it leaves to the other matrices: a sparsity of 3.1"),
+        ({"mlp": 0.9}, "a sparsity of -1.65, not from 0 to below 1; change the table, or set layer_sparsity.meet"),
+        ({"layers": 0.4}, "names every matrix, and they sum to 0.4, not 0.5"),
     ],
 )
 def test_a_table_that_cannot_be_met(table, words):
     with pytest.raises(UserError) as caught:
         by_table(SIZES, Fraction(1, 2), table)
-    assert words in str(caught.value)
+    assert str(caught.value).startswith("config key layer_sparsity.table: ") and words in str(caught.value)
 
 
 def test_a_table_that_names_every_matrix_and_meets_the_sum():
@@ -132,7 +132,8 @@ def test_owl_is_uniform_where_no_layer_stands_out():
 
 
 def test_owl_cannot_go_beyond_1():
-    with pytest.raises(UserError, match=r"owl: h\.1: a sparsity of 1\."):
+    told = r"^config key layer_sparsity.owl_lambda: h\.1: a sparsity of 1\.03, .* lower it from 0.08$"
+    with pytest.raises(UserError, match=told):
         by_outliers({"h.0.a": 5, "h.1.a": 5}, Fraction("0.95"), {"h.0": 0.1, "h.1": 0.0}, 0.08)
 
 

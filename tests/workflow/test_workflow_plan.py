@@ -34,7 +34,8 @@ for flag, output in words.items():
     elif flag == "--output-figure":
         Path(output).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     elif flag.startswith("--output"):
-        Path(output).write_text(content.hexdigest())
+        file = Path(output, "packed.json") if Path(output).is_dir() else Path(output)
+        file.write_text(content.hexdigest())
 print("as text")
 Path(words["--log"]).write_text(f"{sys.executable} {os.environ.get('OMP_NUM_THREADS')}")
 sys.exit()
@@ -396,6 +397,32 @@ def test_a_model_that_changes_reruns_everything(finished):
     assert ("iter0", "base_model") in finished.plan("results/iter0/eval.json", MINE)
 
 
+def test_what_is_passed_on_as_it_is_reruns_for_nothing_of_a_training(finished):
+    """Neither for a teacher that would not teach, nor for what another text would hold."""
+    (finished.folder / "words.txt").write_text("Some words\n" * 400)
+    passed = ("results/oneshot/wanda-2of4/training.json", "--config", "oneshot=[wanda-2of4]", "schedule=null")
+    finished.run(*passed, "recovery={text: words.txt}")
+    (finished.folder / "words.txt").write_text("Other words\n" * 400)
+    assert not finished.plan(*passed, "recovery={text: words.txt, distill: {weight: 0}}")
+    trained = finished.plan(*passed, "recovery={text: words.txt}", "oneshot_epochs=1")
+    assert trained == {("oneshot/wanda-2of4", "finetune")}
+
+
+def test_swaps_are_of_tiers_only(fresh):
+    steps = ["oneshot/three-tier", "oneshot/wanda-2of4"]
+    targets = [f"results/{step}/refitted_model/model.safetensors.index.json" for step in steps]
+    printed = fresh.run("--dry-run", "--printshellcmds", *targets, "--config", "oneshot_refit=true")
+    told = dict(re.findall(r"refit\.py .* --model results/(\S+)/pruned_model (.*)", printed))
+    assert {step: "--swaps" in words for step, words in told.items()} == dict(zip(steps, (True, False), strict=True))
+
+
+def test_a_changed_kernel_has_packed_models_measured_anew(finished):
+    target, packed = "results/measurements.json", (MINE, "--config", "speed={packed: [bf16]}")
+    finished.run(target, *packed)
+    finished.edit("workflow/scripts/stepdown/packed/kernels/matrix.h", "#include", "// A comment.\n#include")
+    assert finished.plan(target, *packed) == {("", "measure")}
+
+
 def test_changed_code_reruns_what_imports_it(finished):
     """Itself, as finetune.py does recovery, or through another module, as score.py does blocks through tiers."""
     for module, rule in (("recover/recovery", "finetune"), ("tensors/blocks", "score")):
@@ -437,6 +464,29 @@ def test_what_only_the_snakefile_uses_reruns_nothing(finished, module):
         (["--config", "compressions=[structured/slicegpt-1.5]"], "structured/slicegpt-1.5: found '1.5'"),
         (["results/quantised/gptq2/iter0/eval.json"], "2 bits are not offered; write 3 or 4 or 8"),
         (["results/iter1/model.gguf"], "a GGUF file is written of llama, mistral, qwen2, qwen3, found the family None"),
+        (["results/structured/slicegpt-0.2/model.gguf"], "slicegpt-0.2: a GGUF file has no names for a sliced model"),
+        *(
+            ([f"results/iter5/packed/{values}/packed.json", "--config", "pruning={block_size: 32}"], told)
+            for values in ("bf16", "int4")
+            for told in ("config key pruning.block_size: found 32; models are packed in blocks of 16",)
+        ),
+        (["results/iter5/zero_shot.json"], "config key zero_shot.tasks: found []; name tasks such as [arc_easy]"),
+        (
+            ["--config", "gradual={runs: [foo]}"],
+            "gradual run 'foo': unknown method 'foo'; the methods are magnitude, w",
+        ),
+        *(
+            (
+                ["--config", "schedule=null", f"oneshot=[{run}]"],
+                f"results/oneshot/{run}: config key schedule is null; name a schedule, whose rows make its tiers,"
+                f" or leave {run} out of oneshot",
+            )
+            for run in ("three-tier", "wanda-three-tier")
+        ),
+        (
+            ["results/oneshot/wanda-unstructured-0.5-table/eval.json"],
+            "layer_sparsity.table: found {}; name matrices, or ask for wanda-unstructured-0.5 without -table",
+        ),
         (["results/iter6/eval.json"], "results/iter6: config/progressive_schedule.csv has 5 rows"),
     ],
 )

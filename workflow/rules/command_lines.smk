@@ -37,7 +37,7 @@ def tier_options(wildcards):
     pattern = run_of(wildcards).pattern
     if pattern not in ("three-tier", "hybrid"):
         return []
-    last = row("oneshot/three-tier") if pattern == "three-tier" else None
+    last = row(f"oneshot/{wildcards.run}") if pattern == "three-tier" else None
     shares = {"shares": [last.dense, last.mid_2_4, last.topk]} if last else {}
     # A run goes by its own method, in every matrix.
     return flags({**shares, **config["pruning"], "cost": None, "shared_over": None, "target": None})
@@ -61,7 +61,15 @@ def layer_options(wildcards):
     if run_of(wildcards).layers == "uniform":
         return []
     section = config["layer_sparsity"]
+    if run_of(wildcards).layers == "table" and not section["table"]:
+        told = f"name matrices, or ask for {wildcards.run.removesuffix('-table')} without -table"
+        raise SystemExit(f"error: config key layer_sparsity.table: found {{}}; {told}")
     return flags({**section, "layer_sparsity": json.dumps(section["table"]), "table": None})
+
+
+def swaps_flags(wildcards):
+    """Whether blocks of tiers choose anew what they keep; a run by method and pattern has no such blocks."""
+    return [] if is_run(wildcards.step) else flags({"swaps": config["swaps"]})
 
 
 def reconstruction_flags(wildcards):

@@ -175,6 +175,8 @@ rule measure:
     params:
         script=SCRIPTS / "measure.py",
         code=code_hash("measure.py"),
+        # Compiled where packed models are measured: not among what the script imports.
+        kernels=fingerprints.folder_fingerprint(SCRIPTS / "stepdown/packed/kernels" if PACKED else None),
         steps=measured,
         options=flags({**config["speed"], "measured": None, "packed": None}),
         device=config["device"],

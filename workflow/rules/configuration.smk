@@ -20,6 +20,7 @@ from stepdown.plan.preflight import (
     SPLITS_READ,
     check_inputs,
     check_links,
+    check_packable,
     check_training_memory,
     check_writable,
     complete_config,

@@ -4,7 +4,7 @@
 
 rule pack:
     input:
-        model="results/{step}/finetuned_model/model.safetensors.index.json",
+        model=model_to_pack,
         tier_map="results/{step}/tier_map.safetensors",
     output:
         "results/{step}/packed/bf16/packed.json",
@@ -33,7 +33,7 @@ rule pack:
 
 rule pack_integers:
     input:
-        model="results/{step}/finetuned_model/model.safetensors.index.json",
+        model=model_to_pack,
         tier_map="results/{step}/tier_map.safetensors",
     output:
         "results/{step}/packed/{values}/packed.json",

@@ -4,8 +4,10 @@
 def row(step):
     """The row of the schedule that a step follows."""
     if not SCHEDULE:
+        name = step.removeprefix("oneshot/")
+        leave = f", or leave {name} out of oneshot" if name in config["oneshot"] else ""
         raise SystemExit(
-            f"error: results/{step}: config key schedule is null; name a schedule, whose rows make its tiers"
+            f"error: results/{step}: config key schedule is null; name a schedule, whose rows make its tiers{leave}"
         )
     if step.startswith("oneshot/"):
         return one_shot(SCHEDULE)
@@ -64,12 +66,28 @@ def finished_model(wildcards):
     return model_ready(wildcards.step)
 
 
+def model_for_tasks(wildcards):
+    """The model that tasks are measured on; refused before anything runs where there are none."""
+    if not config["zero_shot"]["tasks"]:
+        raise SystemExit("error: config key zero_shot.tasks: found []; name tasks such as [arc_easy]")
+    return finished_model(wildcards)
+
+
+def model_to_pack(wildcards):
+    """The model of a step; blocks of a size that is not packed are refused before anything runs."""
+    with one_line():
+        check_packable(config["pruning"]["block_size"])
+    return finished_model(wildcards)
+
+
 def source_model(wildcards):
     return model_ready(wildcards.source)
 
 
 def exported_model(wildcards):
-    """The model of a step; a family that is not written to GGUF is refused before anything runs."""
+    """The model of a step; what is not written to GGUF, a sliced model or a family, is refused before anything runs."""
+    if wildcards.source.startswith("structured/slicegpt-"):
+        raise SystemExit(f"error: {wildcards.source}: a GGUF file has no names for a sliced model; export another step")
     if folder := local_model(MODEL):
         with one_line():
             gguf_architecture(folder)
@@ -108,7 +126,7 @@ def model_to_finetune(wildcards):
 def distills(wildcards):
     """Whether a step's finetuning learns from the base model too."""
     step = wildcards.step
-    return config["recovery"]["distill"]["weight"] > 0 and (is_run(step) or row(step).distill)
+    return config["recovery"]["distill"]["weight"] > 0 and epochs(wildcards) > 0 and (is_run(step) or row(step).distill)
 
 
 def epochs(wildcards):

@@ -3,7 +3,7 @@
 
 rule zero_shot:
     input:
-        model=finished_model,
+        model=model_for_tasks,
     output:
         "results/{step}/zero_shot.json",
     log:

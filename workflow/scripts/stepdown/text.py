@@ -26,16 +26,15 @@ import torch
 from .cli import collecting_no_garbage, log
 from .errors import UserError
 from .files import SURROGATE, check_is_text, check_not_pointer, distinct_names, kept_in_cache
+from .splits import SPLITS, part_of, split_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Text = str | Mapping[str, str]
 
-SPLITS = ("train", "valid", "test")
 PIECE = 100_000
-# Shares of a file's characters, and of pydoc's hashes, at which valid and test begin.
-_FILE_BOUNDS = (0.8, 0.9)
+# Shares of pydoc's hashes at which valid and test begin.
 _PYDOC_BOUNDS = (0.86, 0.93)
 
 
@@ -247,23 +246,8 @@ def _file_documents(path: str, split: str | None = None) -> list[str]:
     """The documents of a split of a file, or of the whole file."""
     pieces, of_one_document = _pieces(path)
     if split is not None:
-        pieces = _part(pieces, split)
+        pieces = part_of(pieces, split)
     return ["".join(pieces)] if of_one_document else pieces
-
-
-def _part(pieces: list[str], split: str) -> list[str]:
-    """The pieces that begin inside the split's share of all characters."""
-    total = max(1, sum(map(len, pieces)))
-    starts = itertools.accumulate(map(len, pieces), initial=0)
-    # One start more than pieces: the end of the last.
-    return [
-        piece for piece, start in zip(pieces, starts, strict=False) if _split_at(start / total, _FILE_BOUNDS) == split
-    ]
-
-
-def _split_at(place: float, bounds: tuple[float, float]) -> str:
-    """The split at a place in [0, 1]."""
-    return SPLITS[sum(place >= bound for bound in bounds)]
 
 
 def _pieces(path: str) -> tuple[list[str], bool]:
@@ -404,7 +388,7 @@ def _parse_pydoc() -> dict[str, list[str]]:
 def _pydoc_split(name: str) -> str:
     """The split of a document by a hash of its name: the same in every run and on every machine."""
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
-    return _split_at(place / 100, _PYDOC_BOUNDS)
+    return split_at(place / 100, _PYDOC_BOUNDS)
 
 
 def _topics() -> list[tuple[str, str]]:

@@ -90,7 +90,12 @@ def check_step(step: str, folder: Path | str | None, round_to: int = 1) -> None:
     elif isinstance(asked, Quantisation):
         config = text_config(read_json_object(Path(folder) / "config.json"))
         keys = ("hidden_size", "intermediate_size", "ffn_dim")
-        check_groups(asked, {key: config[key] for key in keys if isinstance(config.get(key), int)})
+        columns = {key: config[key] for key in keys if isinstance(config.get(key), int)}
+        if (sliced := re.search(r"/structured/(slicegpt-.*)", step)) and "hidden_size" in columns:
+            # Beside the full width, which the inputs of the attention's last matrix keep.
+            ratio = parse_structured(sliced[1]).ratio
+            columns["the sliced model"] = sliced_width(columns["hidden_size"], ratio, round_to)
+        check_groups(asked, columns)
 
 
 def parse_structured(name: str) -> Structured:
@@ -125,7 +130,8 @@ def parse_dynamic(name: str) -> Dynamic:
     where = f"dynamic/{name}"
     allocation, _, share = name.partition("-")
     if allocation not in ALLOCATIONS:
-        raise UserError(f"{where}: unknown allocation {allocation!r}; write one of {', '.join(ALLOCATIONS)}-0.5")
+        examples = [f"{known}-0.5" for known in ALLOCATIONS]
+        raise UserError(f"{where}: unknown allocation {allocation!r}; write one of {', '.join(examples)}")
     return Dynamic(allocation, _share(where, share, f"{allocation}-0.5"))
 
 

@@ -20,6 +20,7 @@ from ..files import (
     safetensors_header,
     weight_files,
 )
+from ..splits import part_of
 from .block_size import check_block
 from .gguf_header import is_gguf, read_gguf_header
 from .gpus import memory_of_gpus, visible_gpus
@@ -33,6 +34,8 @@ SPLITS_READ = {"calibration": ("train",), "recovery": ("train", "valid"), "evalu
 
 # What a Parquet file begins and ends with; and how much of another text is looked at.
 PARQUET, BEGINNING = b"PAR1", 1 << 16
+# A text of fewer lines than these, or of fewer bytes a token of a sequence, may leave a tenth of it too short.
+FEW_LINES, FEW_BYTES = 100, 20
 
 PACKED_BLOCK_SIZE = 16
 
@@ -258,6 +261,8 @@ def check_adapter_targets(targets: str | list[str], folder: Path) -> None:
     headers = [safetensors_header(file)[0] for file in weight_files(folder)]
     shapes = {name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"}
     matrices = {f".{name.removesuffix('.weight')}" for name, shape in shapes.items() if len(shape) == 2}
+    # Neither embedding nor head: only what lies in a layer, which has a number.
+    matrices = {name for name in matrices if any(map(str.isdigit, name.split(".")))}
     for target in [targets] if isinstance(targets, str) else targets:
         fits = target == "all-linear" or any(name.endswith(f".{target}") for name in matrices)
         if not fits and all(len(shape) < 3 for shape in shapes.values()):
@@ -271,11 +276,14 @@ def check_packed(config: dict) -> None:
         return
     if not config["schedule"]:
         raise UserError("config key speed.packed: packs the last iteration, but schedule is null; write packed: []")
-    if (size := config["pruning"]["block_size"]) != PACKED_BLOCK_SIZE:
-        raise UserError(
-            f"config key speed.packed: packed models have blocks of {PACKED_BLOCK_SIZE}, pruning.block_size is {size};"
-            " write packed: []"
-        )
+    check_packable(config["pruning"]["block_size"], "; write that, or speed.packed: []")
+
+
+def check_packable(block_size: int, remedy: str = "") -> None:
+    """`UserError` where a model in such blocks cannot be packed; remedy: what else helps who asks for it."""
+    if block_size != PACKED_BLOCK_SIZE:
+        told = f"found {block_size}; models are packed in blocks of {PACKED_BLOCK_SIZE}"
+        raise UserError(f"config key pruning.block_size: {told}{remedy}")
 
 
 def check_training_memory(recovery: dict, folder: Path) -> None:
@@ -297,15 +305,15 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
     for path in text_files(text, splits):
         check_name(where, str(path))
         if not path.is_file():
-            raise UserError(f"{where}: no file {path}; name a file or one of {', '.join(CORPORA)}")
+            by_split = isinstance(text, dict)
+            known = ": split by split, a text is of files only" if by_split else f" or one of {', '.join(CORPORA)}"
+            raise UserError(f"{where}: no file {path}; name a file{known}")
         if path.suffix not in TEXT_ENDINGS:
             raise UserError(f"{where}: {path} ends in none of {', '.join(TEXT_ENDINGS)}; give it the right ending")
         check_not_pointer(path)
         check_form(where, path)
         if path.suffix == ".jsonl":
             check_first_row(where, path)
-        elif isinstance(text, str) and splits != ("train",) and path.suffix != ".parquet":
-            check_lines(where, path)
         size = path.stat().st_size
         # A token takes at least one byte of text; parquet is compressed, so its size says nothing.
         if size < sequence_length and path.suffix != ".parquet":
@@ -313,6 +321,8 @@ def check_text(where: str, text: str | dict, splits: tuple[str, ...], sequence_l
                 f"{where}: {path} has {size} bytes, too few for one sequence of {sequence_length} tokens; "
                 "name a longer text or a shorter sequence_length"
             )
+        if isinstance(text, str) and path.suffix != ".parquet":
+            check_splits(where, path, splits, sequence_length)
 
 
 def check_form(where: str, path: Path) -> None:
@@ -346,13 +356,32 @@ def check_first_row(where: str, path: Path) -> None:
         raise UserError(f"{where}: the first row of {path} has {found:.40} under 'text'; write a string")
 
 
-def check_lines(where: str, path: Path) -> None:
-    """A text that is cut into splits is cut between lines: there must be one for each."""
+def check_splits(where: str, path: Path, splits: tuple[str, ...], sequence_length: int) -> None:
+    """Each split read of a text that is cut must have a byte per token of one sequence too; where that can fail."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        lines = len(list(itertools.islice(filter(str.strip, file), 3)))
-    if lines < 3:
-        told = f"{path} has {lines} lines with text, of which no train, valid and test can be cut"
-        raise UserError(f"{where}: {told}; break them, or name a file for each")
+        has_few_lines = len(list(itertools.islice(file, FEW_LINES))) < FEW_LINES
+    if not has_few_lines and path.stat().st_size >= FEW_BYTES * sequence_length:
+        return
+    pieces, between = read_pieces(path), "\n\n" if path.suffix == ".jsonl" else ""
+    for split in splits if pieces else ():
+        part = between.join(part_of(pieces, split))
+        size = len(part.encode(errors="surrogatepass")) if part.strip() else 0
+        if size < sequence_length:
+            cut = f"{path}, cut between {'rows' if between else 'lines'} at 80 and 90 %"
+            told = f"has {size} bytes of text for {split}, too few for one sequence of {sequence_length} tokens"
+            raise UserError(f"{where}: {cut}, {told}; name a longer text, one of more lines, or a file for each split")
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The lines or rows that a text is cut between; none where a row is not as it should be, which its job tells."""
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    if path.suffix != ".jsonl":
+        return text.splitlines(keepends=True)
+    try:
+        rows = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return rows if all(isinstance(row, str) for row in rows) else []
 
 
 def check_name(where: str, name: str) -> None:

@@ -14,6 +14,8 @@ LARGEST_GROUP = 2**15 - 1
 FORM = "METHOD-PATTERN[-SPARSITY][-owl|-table], such as wanda-2of4 or sparsegpt-unstructured-0.5"
 PATTERNS = ("unstructured", "2of4 (any N of M)", "block16 (any size)", "three-tier", "hybrid")
 LAYERS = ("uniform", "owl", "table")
+# Methods that have a saliency to go by while a model trains.
+GRADUAL_METHODS = ("magnitude", "wanda")
 # Patterns whose sparsity is free: it stands in the name, and may differ from layer to layer.
 FREE = ("unstructured", "block")
 
@@ -47,13 +49,14 @@ class Run:
         return {"n-of-m": f"{self.n}of{self.m}", "block": f"block{self.block_size}"}.get(self.pattern, self.pattern)
 
 
-def parse_run(name: str, methods: Collection[str]) -> Run:
+def parse_run(name: str, methods: Collection[str], kind: str = "one-shot") -> Run:
     """The run a name asks for; `UserError` names the part of it that is wrong and what could stand there."""
+    where = f"{kind} run {name!r}"
     method, _, rest = name.partition("-")
     if method not in methods:
         near = difflib.get_close_matches(method, methods, 1)
         hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(sorted(methods))}"
-        raise UserError(f"one-shot run {name!r}: unknown method {method!r}; {hint}")
+        raise UserError(f"{where}: unknown method {method!r}; {hint}")
     found = re.fullmatch(
         r"(?P<pattern>unstructured|(?P<n>\d+)of(?P<m>\d+)|block(?P<block_size>\d+)|three-tier|hybrid)"
         r"(-(?P<sparsity>-?[\d.]+))?(-(?P<layers>[a-z]+))?",
@@ -61,27 +64,28 @@ def parse_run(name: str, methods: Collection[str]) -> Run:
     )
     if not found:
         patterns = ", ".join(PATTERNS)
-        raise UserError(f"one-shot run {name!r}: unknown pattern {rest!r}; write {FORM}; the patterns are {patterns}")
+        raise UserError(f"{where}: unknown pattern {rest!r}; write {FORM}; the patterns are {patterns}")
     n, m, block_size = (int(found[part] or 0) for part in ("n", "m", "block_size"))
     pattern = "n-of-m" if found["n"] else "block" if found["block_size"] else found["pattern"]
-    sparsity = _sparsity(name, found["sparsity"])
+    sparsity = _sparsity(where, found["sparsity"])
     if pattern == "n-of-m":
-        sparsity = _sparsity_of_n_of_m(name, n, m, sparsity)
+        sparsity = _sparsity_of_n_of_m(where, n, m, sparsity)
     elif pattern == "block" and block_size == 0:
-        raise UserError(f"one-shot run {name!r}: a block of size 0; write a size such as block16")
+        raise UserError(f"{where}: a block of size 0; write a size such as block16")
     elif pattern in FREE and sparsity is None:
-        raise UserError(f"one-shot run {name!r}: no sparsity; write it at the end, such as {name}-0.5")
+        raise UserError(f"{where}: no sparsity; write it at the end, such as {name}-0.5")
     elif pattern not in FREE and sparsity is not None:
-        raise UserError(f"one-shot run {name!r}: the sparsity of {pattern} follows from its tiers; leave it out")
-    layers = _layers(name, pattern, found["layers"] or "uniform")
+        raise UserError(f"{where}: the sparsity of {pattern} follows from its tiers; leave it out")
+    layers = _layers(where, pattern, found["layers"] or "uniform")
     return Run(name, method, pattern, sparsity, n, m, block_size, layers)
 
 
 def parse_gradual(name: str, methods: Collection[str]) -> Run:
     """The run of a name whose masks are chosen while the model trains; raises `UserError` as `parse_run` does."""
-    run = parse_run(name, methods)
-    if run.method not in ("magnitude", "wanda"):
-        raise UserError(f"gradual run {name!r}: {run.method} has no saliency to go by; write magnitude or wanda")
+    method = name.partition("-")[0]
+    if method in methods and method not in GRADUAL_METHODS:
+        raise UserError(f"gradual run {name!r}: {method} has no saliency to go by; write magnitude or wanda")
+    run = parse_run(name, GRADUAL_METHODS, "gradual")
     if run.pattern not in ("unstructured", "n-of-m") or run.layers != "uniform":
         raise UserError(f"gradual run {name!r}: only unstructured and N of M rise; write such as wanda-2of4")
     return run
@@ -97,30 +101,30 @@ def check_selection(run: Run, selection: str) -> None:
         )
 
 
-def _sparsity(name: str, text: str | None) -> Fraction | None:
+def _sparsity(where: str, text: str | None) -> Fraction | None:
     """Exactly what is written: 0.3 is 3/10, not the float beside it."""
     if text is None:
         return None
     if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text) or Fraction(text) >= 1:
-        raise UserError(f"one-shot run {name!r}: sparsity {text}; write a share from 0 to below 1, such as 0.5")
+        raise UserError(f"{where}: sparsity {text}; write a share from 0 to below 1, such as 0.5")
     return Fraction(text)
 
 
-def _sparsity_of_n_of_m(name: str, n: int, m: int, written: Fraction | None) -> Fraction:
+def _sparsity_of_n_of_m(where: str, n: int, m: int, written: Fraction | None) -> Fraction:
     if m > LARGEST_GROUP:
-        raise UserError(f"one-shot run {name!r}: groups of {m}; write N of at most {LARGEST_GROUP}, such as 2of4")
+        raise UserError(f"{where}: groups of {m}; write N of at most {LARGEST_GROUP}, such as 2of4")
     if not 0 < n < m:
-        raise UserError(f"one-shot run {name!r}: keeps {n} of each {m}; write N of M with 0 < N < M, such as 2of4")
+        raise UserError(f"{where}: keeps {n} of each {m}; write N of M with 0 < N < M, such as 2of4")
     sparsity = Fraction(m - n, m)
     if written not in (None, sparsity):
         found = f"a sparsity of {float(sparsity):g}; leave {float(written):g} out"
-        raise UserError(f"one-shot run {name!r}: {n} of {m} is {found}")
+        raise UserError(f"{where}: {n} of {m} is {found}")
     return sparsity
 
 
-def _layers(name: str, pattern: str, layers: str) -> str:
+def _layers(where: str, pattern: str, layers: str) -> str:
     if layers not in LAYERS:
-        raise UserError(f"one-shot run {name!r}: unknown ending {layers!r}; write one of {', '.join(LAYERS)}")
+        raise UserError(f"{where}: unknown ending {layers!r}; write one of {', '.join(LAYERS)}")
     if layers != "uniform" and pattern not in FREE:
-        raise UserError(f"one-shot run {name!r}: {layers} spreads a sparsity that is free, as of {' and '.join(FREE)}")
+        raise UserError(f"{where}: {layers} spreads a sparsity that is free, as of {' and '.join(FREE)}")
     return layers

@@ -19,6 +19,8 @@ from ..errors import UserError
 from ..models.checkpoint import shard_of
 from ..tensors.saliency import wanda
 
+TABLE = "config key layer_sparsity.table"
+
 
 @dataclass(frozen=True)
 class LayerOptions:
@@ -51,8 +53,9 @@ def by_table(
         matched = [name for name in sizes if matches(pattern, name)]
         # 0 is what a matrix gets that is never pruned, such as an embedding.
         if not matched and sparsity:
-            raise UserError(f"layer sparsity {pattern}: no such matrix to prune; they are called {next(iter(sizes))}")
-        chosen |= dict.fromkeys(matched, _checked(f"layer sparsity {pattern}", sparsity))
+            told = f"found {pattern}, which matches no matrix to prune; write parts of such as {next(iter(sizes))}"
+            raise UserError(f"{TABLE}: {told}")
+        chosen |= dict.fromkeys(matched, _checked(f"{TABLE}: {pattern}", sparsity, "write another"))
     others = sizes.keys() - chosen.keys()
     rest = overall
     if meet_overall:
@@ -60,10 +63,11 @@ def by_table(
         room = sum(sizes[name] for name in others)
         if not others and missing:
             raise UserError(
-                f"layer sparsity: the table names every matrix, and they sum to {_mean(sizes, chosen):.4g}, not"
-                f" {float(overall):g}; leave some out, or set meet_overall to false"
+                f"{TABLE}: names every matrix, and they sum to {_mean(sizes, chosen):.4g}, not {float(overall):g};"
+                " leave some out, or set layer_sparsity.meet_overall to false"
             )
-        rest = _checked("layer sparsity: what the table leaves to the other matrices", missing / (room or 1))
+        remedy = "change the table, or set layer_sparsity.meet_overall to false"
+        rest = _checked(f"{TABLE}: what it leaves to the other matrices", missing / (room or 1), remedy)
     return {name: chosen.get(name, rest) for name in sizes}
 
 
@@ -79,7 +83,9 @@ def by_outliers(
     spread = {layer: Fraction(2 * reach * (share - low) / (high - low or 1)) for layer, share in outliers.items()}
     total = sum(sizes.values())
     mean = sum(size * spread[shard_of(name)] for name, size in sizes.items()) / total
-    return {name: _checked(f"owl: {shard_of(name)}", overall + mean - spread[shard_of(name)]) for name in sizes}
+    sparsities = {name: overall + mean - spread[shard_of(name)] for name in sizes}
+    where, remedy = "config key layer_sparsity.owl_lambda", f"lower it from {reach:g}"
+    return {name: _checked(f"{where}: {shard_of(name)}", sparsities[name], remedy) for name in sizes}
 
 
 def outlier_shares(matrices: Iterable[tuple[str, Tensor, Tensor]], times_mean: float) -> dict[str, float]:
@@ -125,9 +131,9 @@ def _part_matches(wanted: str, part: str) -> bool:
     return fnmatchcase(part, wanted)
 
 
-def _checked(what: str, sparsity: Fraction) -> Fraction:
+def _checked(what: str, sparsity: Fraction, remedy: str) -> Fraction:
     if not 0 <= sparsity < 1:
-        raise UserError(f"{what}: a sparsity of {float(sparsity):.4g}; it must be from 0 to below 1")
+        raise UserError(f"{what}: a sparsity of {float(sparsity):.4g}, not from 0 to below 1; {remedy}")
     return sparsity
 
 
