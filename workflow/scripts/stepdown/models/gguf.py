@@ -62,8 +62,6 @@ def _check_biases(file: Path, header: GgufHeader, model: "PreTrainedModel") -> N
 
 def _scale_rope_(config: "PretrainedConfig", file: Path, header: GgufHeader) -> None:
     """Tell a configuration how the file stretches rotary positions, which transformers does not read."""
-    from .gguf_export import rope_factors
-
     kind, factor = (header.of_architecture(f"rope.scaling.{key}") for key in ("type", "factor"))
     if kind == "linear" and factor:
         config.rope_parameters |= {"rope_type": "linear", "factor": float(factor)}
@@ -75,6 +73,18 @@ def _scale_rope_(config: "PretrainedConfig", file: Path, header: GgufHeader) -> 
         computed = rope_factors(config)
         if computed.shape != factors.shape or not torch.allclose(computed, factors, rtol=1e-3):
             raise UserError(f"{file}: its {ROPE_FREQUENCIES} are not those of Llama 3.1 or later; {INSTEAD}")
+
+
+def rope_factors(config: "PretrainedConfig") -> Tensor | None:
+    """By what Llama 3 divides the frequency of each rotary pair: float32 [head size / 2]; None where by nothing."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if config.rope_parameters["rope_type"] == "default":
+        return None
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+    return config.rope_parameters["rope_theta"] ** -exponents / frequencies
 
 
 def _read_float32(file: Path, name: str) -> Tensor:

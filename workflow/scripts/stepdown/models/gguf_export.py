@@ -12,16 +12,15 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..cli import log, progress
 from ..errors import UserError
 from ..files import written_whole
 from ..plan.gguf_families import gguf_architecture
 from .decoder import Decoder, open_decoder
+from .gguf import rope_factors
 from .gguf_tokenizer import add_tokenizer
 from .importing import check_layers
 
@@ -139,16 +138,6 @@ def add_configuration(writer: gguf.GGUFWriter, config: PretrainedConfig, archite
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if architecture == "llama":
         writer.add_rope_dimension_count(head_size)
-
-
-def rope_factors(config: PretrainedConfig) -> Tensor | None:
-    """By what Llama 3 divides the frequency of each rotary pair: float32 [head size / 2]; None where by nothing."""
-    if config.rope_parameters["rope_type"] == "default":
-        return None
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    return config.rope_parameters["rope_theta"] ** -exponents / frequencies
 
 
 def gguf_names(decoder: Decoder, architecture: str) -> dict[str, str]:
