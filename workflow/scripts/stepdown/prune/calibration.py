@@ -105,7 +105,7 @@ def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> C
         _add(gradients, found)
         _add(tokens, seen)
     # Sum of x^2 g^2 = tokens * mean of x^2 * mean of g^2 = sum of x^2 * sum of g^2 / tokens, each of the linear's own.
-    gradients = {name: found * (windows.numel() / int(tokens[name])) for name, found in gradients.items()}
+    gradients = {name: gradients[name] * (windows.numel() / n) for name in gradients if (n := int(tokens[name]))}
     for name in sorted(norms.keys() - gradients.keys()):
         log.warning("%s: the loss has no gradient of its outputs; it costs what the cheapest of its layer does", name)
     norms = _complete(decoder, norms)
