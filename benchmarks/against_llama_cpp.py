@@ -377,7 +377,7 @@ def figure(points: dict[str, tuple[float, float]], x_label: str, y_label: str, l
     drawn = Figure(figsize=(drawing.WIDTH, 4.3), layout="constrained")
     axes = drawn.subplots()
     # Models of the same bytes are often as fast, or as good: names stand on three sides.
-    places = {"three-tier": (-8, -4), "llama.cpp": (7, -10), "": (-8, -12)}
+    places = {"three-tier": (7, -10), "llama.cpp": (7, 4), "": (-8, -12)}
     for whose, colour in COLOURS.items():
         own = {name: at for name, at in points.items() if whose == next(filter(name.startswith, COLOURS))}
         across, up = ([at[axis] for at in own.values()] for axis in (0, 1))
