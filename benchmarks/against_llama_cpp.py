@@ -376,8 +376,8 @@ def figure(points: dict[str, tuple[float, float]], x_label: str, y_label: str, l
 
     drawn = Figure(figsize=(drawing.WIDTH, 4.3), layout="constrained")
     axes = drawn.subplots()
-    # Models of the same bytes are often as fast, or as good: names stand on three sides.
-    places = {"three-tier": (7, -10), "llama.cpp": (7, 4), "": (-8, -12)}
+    # Models of the same bytes are often as fast, or as good: names stand on several sides.
+    places = {"three-tier": (2, 7), "llama.cpp": (7, 4), "": (-8, -12)}
     for whose, colour in COLOURS.items():
         own = {name: at for name, at in points.items() if whose == next(filter(name.startswith, COLOURS))}
         across, up = ([at[axis] for at in own.values()] for axis in (0, 1))
