@@ -51,7 +51,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(folder, file, architecture="llama", without=()):
+def write_gguf(folder, file, architecture="llama", without=(), scaling=None):
     """The Llama of a folder as a GGUF file of Q8_0; returns its weights as the file has them."""
     config, tokenizer = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer.json"))
     writer = gguf.GGUFWriter(file, architecture)
@@ -63,6 +63,9 @@ def write_gguf(folder, file, architecture="llama", without=()):
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(10000.0)
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
+        writer.add_rope_scaling_factor(4.0)
     writer.add_vocab_size(config["vocab_size"])
     vocabulary = tokenizer["model"]["vocab"]
     writer.add_tokenizer_model("gpt2")
@@ -189,6 +192,19 @@ def test_an_unknown_architecture(source, tmp_path):
     write_gguf(source, tmp_path / "other.gguf", architecture="clip")
     assert "clip" in error_of(import_gguf, tmp_path / "other.gguf", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_positions_that_are_stretched_linearly_stay_so(source, tmp_path):
+    write_gguf(source, tmp_path / "some.gguf", scaling=gguf.RopeScalingType.LINEAR)
+    import_gguf(tmp_path / "some.gguf", tmp_path / "model")
+    rope = json.loads((tmp_path / "model/config.json").read_text())["rope_parameters"]
+    assert rope == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+def test_positions_that_are_stretched_in_a_way_that_is_not_read(source, tmp_path):
+    write_gguf(source, tmp_path / "some.gguf", scaling=gguf.RopeScalingType.YARN)
+    told = error_of(import_gguf, tmp_path / "some.gguf", tmp_path / "model")
+    assert "rope.scaling.type is 'yarn', which is not read" in told and not (tmp_path / "model").exists()
 
 
 def test_a_missing_tensor(source, tmp_path):

@@ -295,6 +295,12 @@ def check_replaceable(target: Path) -> None:
             raise UserError(f"{target}: holds {other.name} and no model, which would be lost; name another folder")
 
 
+def check_not_inside(source: Path, target: Path) -> None:
+    """Raises `UserError` for a model that lies where another is to be written."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target}: the model {source} lies there, and would be lost; name another folder")
+
+
 def write_base_index(checkpoint: Checkpoint) -> str:
     """Write into the folder of a base model what only reading all its weights, or building the model, can tell.
 

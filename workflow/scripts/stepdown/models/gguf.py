@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..plan.gguf_header import GgufHeader, read_gguf_header
-from .checkpoint import new_folder
+from .checkpoint import check_not_inside, new_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,8 +31,7 @@ def import_gguf(file: Path, target: Path) -> None:
 
     from .loading import told_in_one_line
 
-    if file.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{target}: the model {file} lies there, and would be lost; name another folder")
+    check_not_inside(file, target)
     header = read_gguf_header(file)
     with told_in_one_line(file, "transformers cannot read it", INSTEAD):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

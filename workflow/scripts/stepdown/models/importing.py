@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import INDEX_NAME, SINGLE_FILE_NAME, has_only_pickles
 from ..plan.gguf_header import is_gguf
 from ..plan.model_files import check_tokenizer, check_weights, has_tokenizer
-from .checkpoint import beside_layers, check_replaceable, new_folder, side_files
+from .checkpoint import beside_layers, check_not_inside, check_replaceable, new_folder, side_files
 from .decoder import Decoder, build_empty, open_decoder, unload
 from .gguf import import_gguf
 from .layer_walk import LayerWalk
@@ -48,8 +48,7 @@ def import_model(model: str, revision: str | None, target: Path, trust_remote_co
 def import_folder(source: Path, target: Path, trust_remote_code: bool) -> None:
     """Link the files of a folder, or write the model anew where its weights are pickled or not in the form it uses."""
     check_weights(source)
-    if source.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{target}: the model {source} lies there, and would be lost; name another folder")
+    check_not_inside(source, target)
     if read_width(source):
         raise UserError(f"{source}: sliced already, which transformers does not load; give the model before that")
     if has_only_pickles(source):

@@ -86,7 +86,7 @@ def squared_input_norms(decoder: Decoder, windows: Tensor, batch_size: int) -> d
     norms: dict[str, Tensor] = {}
     for layer in visit(LayerWalk(decoder, windows.split(batch_size)), "calibrate"):
         _add(norms, layer.gather(gather, advance=True))
-    return _complete(decoder, norms)
+    return _complete_norms(decoder, norms)
 
 
 def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> Calibration:
@@ -108,7 +108,7 @@ def calibrate_backwards(decoder: Decoder, windows: Tensor, batch_size: int) -> C
     gradients = {name: gradients[name] * (windows.numel() / n) for name in gradients if (n := int(tokens[name]))}
     for name in sorted(norms.keys() - gradients.keys()):
         log.warning("%s: the loss has no gradient of its outputs; it costs what the cheapest of its layer does", name)
-    norms = _complete(decoder, norms)
+    norms = _complete_norms(decoder, norms)
     return Calibration(norms, _complete_gradients(decoder, gradients, norms))
 
 
@@ -117,7 +117,7 @@ def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     sums.update({name: added(sums.get(name), values.cpu()) for name, values in found.items()})
 
 
-def _complete(decoder: Decoder, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _complete_norms(decoder: Decoder, norms: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norms of the inputs of every linear; ones where no token was."""
     for name, linear in decoder.linears().items():
         if name not in norms:

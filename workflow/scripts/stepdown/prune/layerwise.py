@@ -77,8 +77,7 @@ class LoadedLayer:
         tokens = self.walk.batches[0].numel()
         tokens = tokens if tokens in given else max(given, default=0)
         whole = [names for count, (_, names) in zip(given, groups, strict=True) if count == tokens]
-        once = ([name for name in names if calls[name] == 1] for names in whole)
-        return [names for names in once if names]
+        return [once for names in whole if (once := [name for name in names if calls[name] == 1])]
 
     def inputs(self, name: str, batch: int) -> Tensor:
         """What a linear is given of a batch, float32 [tokens, in]; what comes after it in the layer is not computed. An

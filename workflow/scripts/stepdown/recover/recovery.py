@@ -200,7 +200,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, patience: int, tensorboard
 
 @contextmanager
 def _memory_told(batch_size: int) -> Iterator[None]:
-    """Whether model and teacher have no place or what is computed: `UserError`."""
+    """`UserError` where there is no memory: for the model, its teacher, or what is computed of a batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -113,10 +113,8 @@ def _marker_key(steps: pd.DataFrame) -> list[Line2D]:
 
 # --- comparison ------------------------------------------------------------------------------------------------------
 
-COMPARED_COLOURS = (
-    *(CHAIN_COLOUR, *ONE_SHOT_COLOURS, "#56b4e9", "#000000", "#8c564b", "#7f7f7f", "#bcbd22", "#9467bd", "#17becf"),
-    *("#800000", "#808000"),
-)
+# Okabe and Ito's are eight, and every method has one of its own.
+MORE_COLOURS = ("#56b4e9", "#000000", "#8c564b", "#7f7f7f", "#bcbd22", "#9467bd", "#17becf", "#800000", "#808000")
 
 
 def comparison(results: Results) -> Figure:
@@ -125,7 +123,10 @@ def comparison(results: Results) -> Figure:
     if steps.empty:
         return empty("Nothing pruned, so nothing to compare")
     methods, patterns = _methods(steps), _patterns(steps)
-    colours, markers = _looks(methods, COMPARED_COLOURS), _looks(patterns, "osD^vP*Xh<>pd8H")
+    colours, markers = (
+        _looks(methods, (CHAIN_COLOUR, *ONE_SHOT_COLOURS, *MORE_COLOURS)),
+        _looks(patterns, "osD^vP*Xh<>pd8H"),
+    )
     figure = Figure(figsize=(WIDTH, 0.5 + 4.8 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), squeeze=False, sharex=True)[:, 0]
     for axes, (text, found) in zip(panels, results.items(), strict=True):
